@@ -1,0 +1,39 @@
+"""A folder that appears whole or not at all, so that processes can share downloaded and converted models."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+
+def build_once(cache_dir: Path, key: str, build: Callable[[Path], None]) -> Path:
+    """Return `cache_dir/key`, calling `build(folder)` first if no process has completed it.
+
+    `build` fills a private folder beside the final one, which is renamed into place when `build` returns; a process
+    that dies in between leaves nothing that looks complete. Concurrent callers of one key wait for the first.
+
+    Args:
+        cache_dir: Made if absent.
+        key: A relative path of safe names, one for each distinct content.
+        build: Fills the folder it is given; whatever it raises is passed on and the folder removed.
+    """
+    final = cache_dir / key
+    if final.is_dir():
+        return final
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(final.parent / f".{final.name}.lock"):
+        if final.is_dir():
+            return final
+        partial = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+        try:
+            build(partial)
+            partial.chmod(0o755)
+            partial.rename(final)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return final

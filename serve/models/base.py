@@ -1,0 +1,148 @@
+"""What a model is to everything above it: a class with `load` and `predict`, and what it may add to those."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+Datatype = Literal[
+    "BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64",
+    "FP16", "FP32", "FP64", "BYTES",
+]  # fmt: skip
+
+#: One row of a request: tensor name -> an array without the batch dimension, a numpy scalar, or `bytes` for BYTES.
+#: Keys that are no tensor of the signature carry what a protocol knows beyond tensors (`messages` of a chat).
+Item = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A named tensor of the Open Inference Protocol v2.
+
+    Args:
+        name: Its name on the wire.
+        datatype: Its datatype on the wire.
+        shape: Dimensions, the batch first; -1 is any length.
+        description: What it means, with units.
+        optional: A request may leave it out (inputs only).
+        content: `base64` where a JSON string holds encoded bytes (a picture, a sound file); else a JSON string is UTF-8.
+    """
+
+    name: str
+    datatype: Datatype
+    shape: tuple[int, ...]
+    description: str
+    optional: bool = False
+    content: Literal["text", "base64"] = "text"
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What a model takes and gives.
+
+    Args:
+        parameters: Request parameters that the model reads, each with its meaning; any other one is refused.
+        example: One item that the model answers; documents and warm-up use it.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    example: Item | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadContext:
+    """What a model gets to load itself.
+
+    Args:
+        folder: The source, a verified local folder (or the folder of the single file that the source names).
+        options: The task's options.
+        device: `cpu` or `cuda`, already decided.
+        dtype: `float32`, `bfloat16` or `float16`, already decided.
+        threads: Compute threads that the model may use.
+        max_batch_size: Items that `predict` will get at most.
+        cache_dir: For what is converted once: `serve.cache.build_once(cache_dir, key, build)`.
+        progress: Called with (what, done, total), total 0 where unknown.
+    """
+
+    folder: Path
+    options: Any
+    device: str
+    dtype: str
+    threads: int
+    max_batch_size: int
+    cache_dir: Path
+    progress: Callable[[str, int, int], None]
+
+
+@runtime_checkable
+class Model(Protocol):
+    """The least that a model is; all methods are called on threads of their own, never on the event loop.
+
+    A model may add:
+        `prepare(item) -> prepared`: decode or tokenise one item ahead of `predict`, on a thread of its own, several at
+            a time; raises `InvalidInput`. Without it, `predict` gets the items themselves.
+        `cost(prepared) -> int`: the item's cost in the unit of `batching.max_batch_cost`; without it, 1.
+        `padded: bool`: true where a batch costs its size times its longest item, false (default) where it costs the sum.
+        `stream(prepared) -> Iterator[dict]`: the answer in parts.
+        `close()`: give back what `load` took.
+    """
+
+    signature: Signature
+
+    def load(self, context: LoadContext) -> None:
+        """Load weights; afterwards `signature` is final. Raises `LoadError`."""
+
+    def predict(self, batch: Sequence[Any]) -> Sequence[Mapping[str, Any] | Exception]:
+        """Answer a batch: as many results as items, in order, each the output tensors of one row, or its exception.
+
+        Called from one thread, one batch at a time. If it raises, the batch is run again in halves to find the bad item.
+        """
+
+
+@dataclass(slots=True)
+class Step:
+    """What one step of a stepped model gave one stream.
+
+    Args:
+        key: The stream, as `admit` named it.
+        output: A part of the answer (for text: `text`, `token_ids`), or None for none yet.
+        done: No more follows; the slot is free.
+        error: The stream failed; implies done.
+    """
+
+    key: int
+    output: dict[str, Any] | None
+    done: bool = False
+    error: Exception | None = None
+
+
+@runtime_checkable
+class SteppedModel(Protocol):
+    """A model that computes many streams together, a step at a time (continuous batching); all calls on one thread."""
+
+    signature: Signature
+    slots: int
+
+    def load(self, context: LoadContext) -> None:
+        """As `Model.load`."""
+
+    def prepare(self, item: Item) -> Any:
+        """Tokenise and check one item; on another thread. Raises `InvalidInput`."""
+
+    def admit(self, prepared: Any) -> int:
+        """Take a stream into a free slot and return its key; the prompt may be computed here or in `step`."""
+
+    def step(self) -> Sequence[Step]:
+        """Compute one step of every admitted stream."""
+
+    def release(self, key: int) -> None:
+        """Free a slot before its stream is done (its caller left)."""
+
+
+StreamParts = Iterator[Mapping[str, np.ndarray | bytes | Any]]

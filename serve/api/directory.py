@@ -1,0 +1,70 @@
+"""What the gateway knows of the declared models, so that it can answer for those that cannot answer themselves yet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Protocol
+
+from serve.errors import ModelNotFound, NotReady
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """One declared model and how far it is.
+
+    Args:
+        name: As declared.
+        task: As declared.
+        description: As declared; may be empty.
+        phase: `queued`, `starting`, `downloading`, `loading`, `warming`, `ready`, `draining` or `failed`.
+        message: For people: what it is doing, or why it failed; may be empty.
+        retry_after_s: Seconds after which asking again makes sense while it is not ready.
+        ready_replicas: Replicas that answer.
+        target_replicas: Replicas that there should be.
+        request: A body that `POST /v2/models/<name>/infer` answers, where one is known; the documents show it.
+    """
+
+    name: str
+    task: str
+    description: str = ""
+    phase: str = "queued"
+    message: str = ""
+    retry_after_s: float = 2.0
+    ready_replicas: int = 0
+    target_replicas: int = 1
+    request: Mapping[str, Any] | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Return whether requests are answered."""
+        return self.phase == "ready"
+
+
+class Directory(Protocol):
+    """The declared models; called on the event loop for each request, so it answers from memory."""
+
+    def models(self) -> Sequence[ModelStatus]:
+        """Return every declared model, in the order of the declaration."""
+
+
+def find(directory: Directory, name: str) -> ModelStatus:
+    """Return the status of a declared model.
+
+    Raises:
+        ModelNotFound: None of this name is declared; the error carries near names.
+    """
+    names = []
+    for status in directory.models():
+        if status.name == name:
+            return status
+        names.append(status.name)
+    raise ModelNotFound(name, near=get_close_matches(name.lower(), names, n=3, cutoff=0.5))
+
+
+def not_ready(status: ModelStatus) -> NotReady:
+    """Return the error that says why a declared model cannot answer now."""
+    why = f": {status.message}" if status.message else ""
+    state = "failed to start" if status.phase == "failed" else f"is not ready ({status.phase})"
+    return NotReady(f"model {status.name!r} {state}{why}", phase=status.phase, retry_after_s=status.retry_after_s)

@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from operator import attrgetter
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 NAME_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
+SHA256_PATTERN = r"^[0-9a-f]{64}$"
+QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?([kMGT]|[KMGT]i)?$"
 
 Task = Literal[
     "text-embedding",
@@ -18,37 +39,112 @@ Task = Literal[
     "python",
 ]
 
-_SUFFIXES = {
-    "": 1,
-    "k": 10**3,
-    "M": 10**6,
-    "G": 10**9,
-    "T": 10**12,
-    "Ki": 2**10,
-    "Mi": 2**20,
-    "Gi": 2**30,
-    "Ti": 2**40,
+#: Tasks whose items have a cost besides their number, so that `batching.max_batch_cost` means something.
+COSTED_TASKS = frozenset({"text-embedding", "python"})
+
+#: Scheme -> (what follows it, for people; the pattern of the whole source).
+SOURCES = {
+    "package": ("NAME or NAME/FOLDER of an installed package", r"^package:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(/\S+)?$"),
+    "file": ("PATH, relative to the declaration or absolute", r"^file:[^\x00-\x1f]+$"),
+    "hf": ("OWNER/NAME on the hub", r"^hf:[\w.-]+(/[\w.-]+)*$"),
+    "s3": ("//BUCKET/PREFIX", r"^s3://[^\s/]+(/[^\x00-\x1f]*)?$"),
+    "gs": ("//BUCKET/PREFIX", r"^gs://[^\s/]+(/[^\x00-\x1f]*)?$"),
+    "https": ("//HOST/FILE", r"^https://[^\s/@]+/\S+$"),
+}
+
+_SUFFIXES = {"": 1} | {
+    letter + binary: (1024 if binary else 1000) ** power
+    for binary in ("", "i")
+    for power, letter in enumerate("KMGT" if binary else "kMGT", start=1)
 }
 
 
 def parse_quantity(value: object) -> object:
-    """Turn a Kubernetes quantity of bytes such as `512Mi` into an int; anything else is returned as it is."""
-    if isinstance(value, str):
-        digits = value.rstrip("kMGTi")
-        suffix = value[len(digits) :]
-        if suffix in _SUFFIXES and digits.replace(".", "", 1).isdigit():
-            return int(float(digits) * _SUFFIXES[suffix])
-        raise ValueError("is not a quantity of bytes such as 512Mi, 2Gi or 1000000")
-    return value
+    """Turn a Kubernetes quantity of bytes such as `512Mi` into an int; anything but text is returned as it is."""
+    if not isinstance(value, str):
+        return value
+    number = re.match(r"[0-9.]*", value, re.ASCII)
+    digits = number.group() if number else ""
+    if re.fullmatch(QUANTITY_PATTERN, value, re.ASCII) and len(digits) <= 30:
+        amount = Fraction(digits) * _SUFFIXES[value[len(digits) :]]
+        if amount.denominator == 1:
+            return int(amount)
+    suffix = _near_suffix(value[len(digits) :])
+    near = f"{digits}{suffix}" if digits and suffix else None
+    raise PydanticCustomError(
+        "quantity",
+        "{shown} is not a whole quantity of bytes such as 512Mi, 2Gi or 1000000",
+        {"shown": repr(value), "suggestion": near if near != value else None},
+    )
 
 
-Bytes = Annotated[int, BeforeValidator(parse_quantity), Field(ge=0)]
+def _near_suffix(written: str) -> str | None:
+    letters = written.strip().lower().removesuffix("b")
+    return next((suffix for suffix in _SUFFIXES if suffix.lower() == letters), None)
+
+
+Bytes = Annotated[
+    int,
+    BeforeValidator(parse_quantity, json_schema_input_type=int | Annotated[str, Field(pattern=QUANTITY_PATTERN)]),
+    Field(ge=0, le=2**60),
+]
+
+
+def source_scheme(source: str) -> str:
+    """Return what stands before the first colon of a source: `package`, `file`, `hf`, `s3`, `gs` or `https`."""
+    return source.partition(":")[0]
+
+
+def check_source(source: str) -> str:
+    """Return the source as it is; raises where its scheme or form is none of `SOURCES`."""
+    scheme, colon, _ = source.partition(":")
+    form = SOURCES.get(scheme) if colon else None
+    if form is None:
+        schemes = ", ".join(f"{name}:" for name in SOURCES)
+        raise PydanticCustomError(
+            "source",
+            "{shown} does not begin with one of {schemes}",
+            {"shown": repr(source), "schemes": schemes, "suggestion": _near_source(source)},
+        )
+    if re.fullmatch(form[1], source, re.ASCII):
+        return source
+    raise PydanticCustomError(
+        "source",
+        "{shown} is not of the form {form}",
+        {"shown": repr(source), "form": f"{scheme}:{form[0]}", "suggestion": None},
+    )
+
+
+def _near_source(source: str) -> str | None:
+    scheme, colon, rest = source.partition(":")
+    if not colon:
+        return f"file:{source}" if source.startswith((".", "/")) else None
+    near = {"http": "https", "huggingface": "hf", "gcs": "gs", "s3a": "s3", "pkg": "package", "path": "file"}
+    known = near.get(scheme.lower(), scheme.lower())
+    return f"{known}:{rest}" if known in SOURCES else None
+
+
+Source = Annotated[
+    str,
+    AfterValidator(check_source),
+    Field(json_schema_extra={"pattern": "|".join(f"({pattern})" for _, pattern in SOURCES.values())}),
+]
+
+
+def _whole_above_one(gpus: float) -> float:
+    if gpus > 1 and gpus != int(gpus):
+        raise PydanticCustomError(
+            "gpus",
+            "{gpus} is above 1 and not whole; only a share of one GPU may be a fraction",
+            {"gpus": gpus, "suggestion": str(round(gpus))},
+        )
+    return gpus
 
 
 class Strict(BaseModel):
     """Base of every part of the schema: unknown keys fail, nothing is coerced silently, values do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Batching(Strict):
@@ -67,16 +163,14 @@ class Batching(Strict):
         description="Cost of one batch in the task's own unit (tokens for text); none means no bound but the size.",
     )
     max_queue: int = Field(default=1024, ge=1, description="Items that may wait.")
-    max_queue_bytes: Bytes = Field(
-        default=256 * 2**20, ge=1, description="Bytes of the items that may wait."
-    )
+    max_queue_bytes: Bytes = Field(default=256 * 2**20, ge=1, description="Bytes of the items that may wait.")
 
 
 class Scaling(Strict):
     """How many replicas there are."""
 
-    min_replicas: int = Field(default=1, ge=1, le=1000)
-    max_replicas: int = Field(default=1, ge=1, le=1000)
+    min_replicas: int = Field(default=1, ge=1, le=1000, description="Replicas that there always are.")
+    max_replicas: int = Field(default=1, ge=1, le=1000, description="Replicas that there are at most.")
     target_ongoing_requests: float = Field(
         default=16.0, gt=0, description="Requests in flight that one replica should have."
     )
@@ -84,29 +178,15 @@ class Scaling(Strict):
         default=None, gt=0, description="What the model promises; objectives and dashboards use it."
     )
 
-    @model_validator(mode="after")
-    def _ordered(self) -> Scaling:
-        if self.max_replicas < self.min_replicas:
-            raise ValueError(
-                f"max_replicas ({self.max_replicas}) is below min_replicas ({self.min_replicas})"
-            )
-        return self
-
 
 class Resources(Strict):
     """What one replica takes."""
 
     cpus: float = Field(default=1.0, gt=0, le=1024, description="CPU cores, and compute threads.")
-    gpus: float = Field(
+    gpus: Annotated[float, AfterValidator(_whole_above_one)] = Field(
         default=0.0, ge=0, le=64, description="GPUs; a fraction shares one GPU with other models."
     )
     memory: Bytes | None = Field(default=None, description="Bytes of main memory.")
-
-    @model_validator(mode="after")
-    def _whole_or_fraction(self) -> Resources:
-        if self.gpus > 1 and self.gpus != int(self.gpus):
-            raise ValueError(f"gpus ({self.gpus}) above 1 must be a whole number")
-        return self
 
 
 class Limits(Strict):
@@ -116,51 +196,37 @@ class Limits(Strict):
     max_items: int = Field(default=256, ge=1, description="Items in one request.")
 
 
-class Empty(Strict):
-    """No options."""
-
-
 class EmbeddingOptions(Strict):
     """Options of `text-embedding`."""
 
-    pooling: Literal["mean", "cls"] = "mean"
-    normalize: bool = True
-    max_tokens: int | None = Field(
-        default=None, ge=1, description="Longest input; none takes the model's own limit."
+    pooling: Literal["mean", "cls"] = Field(
+        default="mean", description="How token vectors become one: their mean, or the first."
     )
-    truncate: bool = Field(
-        default=True, description="Cut an input that is too long; otherwise it is refused."
-    )
+    normalize: bool = Field(default=True, description="Scale each embedding to length 1.")
+    max_tokens: int | None = Field(default=None, ge=1, description="Longest input; none takes the model's own limit.")
+    truncate: bool = Field(default=True, description="Cut an input that is too long; otherwise it is refused.")
 
 
 class GenerationOptions(Strict):
     """Options of `text-generation`."""
 
     slots: int = Field(default=8, ge=1, le=1024, description="Streams that are computed together.")
-    context_tokens: int = Field(
-        default=2048, ge=16, description="Prompt and answer of one stream together."
-    )
-    chat_template: str | None = Field(
-        default=None, description="A Jinja template in place of the model's own."
-    )
-    default_max_tokens: int = Field(
-        default=256, ge=1, description="Length of an answer whose request does not say."
-    )
+    context_tokens: int = Field(default=2048, ge=16, description="Prompt and answer of one stream together.")
+    chat_template: str | None = Field(default=None, description="A Jinja template in place of the model's own.")
+    default_max_tokens: int = Field(default=256, ge=1, description="Length of an answer whose request does not say.")
 
 
 class ClassificationOptions(Strict):
     """Options of `image-classification`."""
 
     top_k: int = Field(default=5, ge=1, le=1000, description="Classes in an answer.")
-    labels: str | None = Field(
-        default=None, description="A JSON list of names in the source; none takes ImageNet's."
-    )
+    labels: str | None = Field(default=None, description="A JSON list of names in the source; none takes ImageNet's.")
 
 
 class SpeechOptions(Strict):
     """Options of `speech-to-text`."""
 
-    beam_size: int = Field(default=1, ge=1, le=16)
+    beam_size: int = Field(default=1, ge=1, le=16, description="Hypotheses kept while decoding; 1 is greedy.")
     language: str = Field(default="en", description="Language of the speech, an ISO 639-1 code.")
     max_audio_s: float = Field(default=600.0, gt=0, description="Longest audio, seconds.")
 
@@ -181,12 +247,8 @@ class VoiceActivityOptions(Strict):
 class PythonOptions(Strict):
     """Options of `python`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
-
     class_name: str = Field(alias="class", description="The class in the source's file.")
-    arguments: dict[str, Any] = Field(
-        default_factory=dict, description="Keyword arguments of the class."
-    )
+    arguments: dict[str, JsonValue] = Field(default_factory=dict, description="Keyword arguments of the class.")
 
 
 OPTIONS: dict[str, type[Strict]] = {
@@ -200,40 +262,153 @@ OPTIONS: dict[str, type[Strict]] = {
 }
 
 
-class ModelSpec(Strict):
-    """One model, as declared."""
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What several fields of a model must satisfy together, told apart from the fields so that each is checked once.
 
-    name: str = Field(pattern=NAME_PATTERN, max_length=40)
-    task: Task
-    source: str = Field(
-        description="package:, file:, hf:, s3:, gs: or https:; where the model's files are."
+    Args:
+        place: The field that a broken rule is blamed on, as a dotted path into the model.
+        reads: The fields that `broken` takes, in its order.
+        broken: Returns what is wrong, or None.
+    """
+
+    place: str
+    reads: tuple[str, ...]
+    broken: Callable[..., str | None]
+
+
+def _replicas(least: int, most: int) -> str | None:
+    return f"{most} is below min_replicas, {least}" if most < least else None
+
+
+def _batch_fits_queue(batch: int, queue: int) -> str | None:
+    return f"{batch} is above max_queue, {queue}; such a batch could never fill" if batch > queue else None
+
+
+def _cost_known(task: str, cost: int | None) -> str | None:
+    if cost is None or task in COSTED_TASKS:
+        return None
+    return f"items of {task} have no cost besides their number; leave it out and set max_batch_size"
+
+
+def _cuda_has_gpu(device: str, gpus: float) -> str | None:
+    return (
+        "cuda takes a GPU and resources.gpus is 0; give it 1 or a fraction" if device == "cuda" and not gpus else None
+    )
+
+
+def _gpu_is_used(device: str, gpus: float) -> str | None:
+    return f"{gpus:g} is reserved and device is cpu; leave one of them out" if device == "cpu" and gpus else None
+
+
+def _https_is_pinned(source: str, sha256: str | None) -> str | None:
+    return (
+        "an https: source takes sha256, that of the file" if source_scheme(source) == "https" and not sha256 else None
+    )
+
+
+def _sha256_has_file(source: str, sha256: str | None) -> str | None:
+    return "only an https: source takes sha256" if sha256 and source_scheme(source) != "https" else None
+
+
+def _revision_has_hub(source: str, revision: str | None) -> str | None:
+    return "only an hf: source takes revision" if revision and source_scheme(source) != "hf" else None
+
+
+RULES = (
+    Rule("scaling.max_replicas", ("scaling.min_replicas", "scaling.max_replicas"), _replicas),
+    Rule("batching.max_batch_size", ("batching.max_batch_size", "batching.max_queue"), _batch_fits_queue),
+    Rule("batching.max_batch_cost", ("task", "batching.max_batch_cost"), _cost_known),
+    Rule("device", ("device", "resources.gpus"), _cuda_has_gpu),
+    Rule("resources.gpus", ("device", "resources.gpus"), _gpu_is_used),
+    Rule("source", ("source", "sha256"), _https_is_pinned),
+    Rule("sha256", ("source", "sha256"), _sha256_has_file),
+    Rule("revision", ("source", "revision"), _revision_has_hub),
+)
+
+
+class ModelSpec(Strict):
+    """One model, as declared.
+
+    `options` always holds every option of the task, those that were left out with their defaults.
+    """
+
+    name: str = Field(
+        pattern=NAME_PATTERN, max_length=40, description="Names the model in URLs; small letters, digits and hyphens."
+    )
+    task: Task = Field(description="What the model does.")
+    source: Source = Field(
+        description="Where the model's files are: `package:`, `file:`, `hf:`, `s3:`, `gs:`, `https:`."
     )
     sha256: str | None = Field(
-        default=None, pattern="^[0-9a-f]{64}$", description="Of the file that an https: source names."
+        default=None, pattern=SHA256_PATTERN, description="Of the file that an `https:` source names; required there."
     )
     revision: str | None = Field(
-        default=None, min_length=1, max_length=128, description="Commit or tag of an hf: source."
+        default=None, min_length=1, max_length=128, description="Commit, tag or branch of an `hf:` source."
     )
-    description: str = ""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    description: str = Field(default="", description="One line for people.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Where it runs; auto takes a GPU where it has one."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Type of its weights; auto takes the task's own."
+    )
     batching: Batching = Batching()
     scaling: Scaling = Scaling()
     resources: Resources = Resources()
     limits: Limits = Limits()
     deadline_ms: float = Field(
-        default=60_000, gt=0, description="Longest time to an answer; a request may ask for less."
+        default=60_000, gt=0, le=86_400_000, description="Longest time to an answer; a request may ask for less."
     )
     options: dict[str, Any] = Field(
-        default_factory=dict, description="The task's own options; see the task's schema."
+        default_factory=dict, validate_default=True, description="The task's own options; see the task."
     )
 
+    @field_validator("options")
+    @classmethod
+    def _complete_options(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if "task" not in info.data:
+            return options
+        try:
+            return OPTIONS[info.data["task"]].model_validate(options).model_dump(by_alias=True)
+        except ValidationError as error:
+            lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+            raise PydanticCustomError("options", "{problems}", {"problems": "; ".join(lines)}) from error
+
+    @model_validator(mode="after")
+    def _keep_rules(self) -> ModelSpec:
+        broken = [
+            f"{rule.place}: {message}" for rule in RULES if (message := rule.broken(*attrgetter(*rule.reads)(self)))
+        ]
+        if broken:
+            raise PydanticCustomError("rules", "{problems}", {"problems": "; ".join(broken)})
+        return self
+
     def task_options(self) -> Strict:
-        """Return `options` as the task's own schema; `check` has already proved that they fit."""
+        """Return `options` as the task's own schema."""
         return OPTIONS[self.task].model_validate(self.options)
 
 
 class PlatformSpec(Strict):
     """A whole models.yaml."""
 
-    models: list[ModelSpec] = Field(default_factory=list)
+    models: list[ModelSpec] = Field(description="The models, each with a name of its own.")
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> PlatformSpec:
+        names = [model.name for model in self.models]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise PydanticCustomError("names", "declared more than once: {names}", {"names": ", ".join(twice)})
+        return self
+
+
+def render_spec(spec: ModelSpec) -> dict[str, Any]:
+    """Return the canonical form of a spec: JSON values only, every default written out, quantities in bytes."""
+    return spec.model_dump(mode="json")
+
+
+def revision_of(spec: ModelSpec) -> str:
+    """Return 12 hexadecimal digits that differ where two canonical forms differ."""
+    canonical = json.dumps(render_spec(spec), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]

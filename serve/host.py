@@ -1,0 +1,440 @@
+"""One model, hosted: load, warm up, admit, batch, predict and report, whatever carries the requests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from serve.batching import Batcher
+from serve.errors import (
+    InvalidInput,
+    LoadError,
+    NotReady,
+    Overloaded,
+    PayloadTooLarge,
+    RoundhouseError,
+    SourceError,
+)
+from serve.models.base import Item, LoadContext, Model, Signature, SteppedModel
+from serve.settings import Settings
+from serve.spec import ModelSpec
+from serve.stepping import Generators, Part, Stepper, WorkThread, failure, tell
+
+_PREPARE_SLICE_S = 0.002
+_WARM_STEPS = 4
+_RETRY_AFTER_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """How far a model is.
+
+    Args:
+        name: `queued`, `downloading`, `loading`, `warming`, `ready`, `draining` or `failed`.
+        message: For people; for `failed`, why.
+        done: Bytes or steps done, of `total`; 0 of 0 where unknown.
+    """
+
+    name: str
+    message: str = ""
+    done: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class HostStats:
+    """What a host holds and has done.
+
+    Args:
+        queued: Items and streams that wait.
+        queued_bytes: Bytes of the items that wait, as told to `infer`.
+        running: Items in the batch that runs, and streams in slots.
+        batches: Batches and steps run.
+        items: Items answered, failed ones included, and streams ended by the model.
+        dropped: Items that were cancelled or expired before they reached the model.
+        items_per_s: Items per second of a busy model, lately; None before the first batch.
+    """
+
+    queued: int = 0
+    queued_bytes: int = 0
+    running: int = 0
+    batches: int = 0
+    items: int = 0
+    dropped: int = 0
+    items_per_s: float | None = None
+
+
+class _Row:
+    """One item on its way through a model that prepares."""
+
+    __slots__ = ("is_prepared", "value")
+
+    def __init__(self, item: Item) -> None:
+        self.value: Any = item
+        self.is_prepared = False
+
+
+class Host:
+    """One model in this process; to be used from one event loop.
+
+    Args:
+        spec: The model's declaration.
+        settings: Where caches are.
+        model: In place of the one that the spec's task names; its source is then not fetched.
+        base_dir: Folder against which a relative `file:` source is resolved; none takes the working directory.
+        clock: Seconds.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        settings: Settings,
+        model: Model | SteppedModel | None = None,
+        base_dir: Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.spec = spec
+        self._settings = settings
+        self._model: Any = model
+        self._base_dir = base_dir or Path.cwd()
+        self._clock = clock
+        self._phase = Phase("queued")
+        self._thread = WorkThread(f"model-{spec.name}")
+        self._preparer = WorkThread(f"prepare-{spec.name}")
+        self._batcher: Batcher[Any, Mapping[str, Any]] | None = None
+        self._stepper: Stepper | None = None
+
+    @property
+    def phase(self) -> str:
+        """The name of the phase it is in."""
+        return self._phase.name
+
+    @property
+    def signature(self) -> Signature:
+        """What the model takes and gives; raises NotReady before it is loaded."""
+        if self._batcher is None and self._stepper is None:
+            raise self._not_ready()
+        signature: Signature = self._model.signature
+        return signature
+
+    @property
+    def streams(self) -> bool:
+        """Whether the model answers in parts."""
+        return self._stepper is not None
+
+    # Loading
+
+    async def load(self, on_phase: Callable[[Phase], None] | None = None) -> None:
+        """Fetch the source, load the model and warm it up.
+
+        Args:
+            on_phase: Called on the event loop with every change.
+
+        Raises:
+            SourceError: The files could not be had.
+            LoadError: The model did not load, or did not answer its example.
+        """
+        loop = asyncio.get_running_loop()
+
+        def say(phase: Phase) -> None:
+            self._phase = phase
+            if on_phase is not None:
+                on_phase(phase)
+
+        def progress_of(name: str) -> Callable[[str, int, int], None]:
+            return lambda message, done, total: tell(loop, say, Phase(name, message, done, total))
+
+        try:
+            folder = await self._fetch(say, progress_of("downloading"))
+            say(Phase("loading"))
+            await self._thread.call(self._load_model, folder, progress_of("loading"))
+            say(Phase("warming"))
+            await self._thread.call(self._warm_up)
+            self._start()
+        except Exception as error:
+            wrapped = error if isinstance(error, SourceError | LoadError) else LoadError(_told(error))
+            say(Phase("failed", str(wrapped)))
+            raise wrapped from error
+        say(Phase("ready"))
+
+    async def _fetch(self, say: Callable[[Phase], None], progress: Callable[[str, int, int], None]) -> Path:
+        if self._model is not None:
+            return self._base_dir
+        say(Phase("downloading", self.spec.source))
+        from serve.sources import fetch
+
+        return await asyncio.to_thread(
+            lambda: fetch(self.spec, settings=self._settings, base_dir=self._base_dir, progress=progress)
+        )
+
+    def _load_model(self, folder: Path, progress: Callable[[str, int, int], None]) -> None:
+        from serve.models import build
+
+        if self._model is None:
+            self._model = build(self.spec)
+        device, dtype = self._device()
+        context = LoadContext(
+            folder=folder,
+            options=self.spec.task_options(),
+            device=device,
+            dtype=dtype,
+            threads=max(1, int(self.spec.resources.cpus)),
+            max_batch_size=self.spec.batching.max_batch_size,
+            cache_dir=self._settings.cache_dir,
+            progress=progress,
+        )
+        self._model.load(context)
+
+    def _device(self) -> tuple[str, str]:
+        from serve.models.devices import decide
+
+        return decide(self.spec)
+
+    def _warm_up(self) -> None:
+        example = self._model.signature.example
+        if example is None:
+            return
+        if _is_stepped(self._model):
+            key = self._model.admit(self._model.prepare(example))
+            for _ in range(_WARM_STEPS):
+                if any(step.done for step in self._model.step()):
+                    return
+            self._model.release(key)
+            return
+        prepare = getattr(self._model, "prepare", None)
+        for size in sorted({1, self.spec.batching.max_batch_size}):
+            rows = [prepare(example) if prepare else example for _ in range(size)]
+            for result in self._model.predict(rows):
+                if isinstance(result, Exception):
+                    raise LoadError(f"the model fails on its own example: {_told(result)}") from result
+
+    def _start(self) -> None:
+        batching = self.spec.batching
+        prepare = getattr(self._model, "prepare", None)
+        stepped = _is_stepped(self._model)
+        stream = getattr(self._model, "stream", None)
+        if stepped or stream is not None:
+            self._stepper = Stepper(
+                self._model if stepped else Generators(stream, batching.max_batch_size),  # type: ignore[arg-type]
+                thread=self._thread,
+                preparer=self._preparer,
+                prepare=prepare,
+                max_queue=batching.max_queue,
+                clock=self._clock,
+            )
+        if not stepped:
+            self._batcher = Batcher(
+                self._run_rows if prepare else self._run_items,
+                max_batch_size=batching.max_batch_size,
+                max_wait_s=batching.max_wait_ms / 1000,
+                max_batch_cost=batching.max_batch_cost,
+                padded=bool(getattr(self._model, "padded", False)),
+                max_queue=batching.max_queue,
+                max_queue_bytes=batching.max_queue_bytes,
+                prepare=self._prepare_rows if prepare else None,
+                clock=self._clock,
+            )
+
+    # Answering
+
+    async def infer(
+        self, items: Sequence[Item], *, timeout_s: float | None = None, size_bytes: int = 0
+    ) -> list[Mapping[str, Any]]:
+        """Answer the items of one request, one result an item, in order; cancelling drops what the model has not begun.
+
+        Args:
+            timeout_s: Seconds to the answer, at most the spec's `deadline_ms`.
+            size_bytes: What the request counts for in `max_queue_bytes`.
+
+        Raises:
+            InvalidInput: An item is wrong; its place names the row.
+            NotReady, Overloaded, DeadlineExceeded, PredictionFailed: See serve.errors.
+        """
+        if self._phase.name != "ready":
+            raise self._not_ready()
+        self._check_size(len(items), size_bytes)
+        deadline = self._deadline(timeout_s)
+        if self._batcher is None:
+            return await self._collect(items, deadline)
+        rows = [_Row(item) for item in items] if self._batcher.prepares else items
+        results = await self._batcher.submit_many(rows, size_bytes=size_bytes, deadline=deadline)
+        for row, result in enumerate(results):
+            if isinstance(result, Exception):
+                raise _of_row(failure(result), row, len(results))
+        return results  # type: ignore[return-value]
+
+    async def _collect(self, items: Sequence[Item], deadline: float) -> list[Mapping[str, Any]]:
+        stepper = self._streaming()
+        if len(items) > max(1, stepper.room()):
+            raise Overloaded(f"no room for {len(items)} streams", retry_after_s=stepper.retry_after_s())
+        streams = [stepper.open(item, deadline=deadline, whole=True) for item in items]
+        try:
+            results = []
+            for row, stream in enumerate(streams):
+                try:
+                    results.append(_joined(await stream.all_parts()))
+                except RoundhouseError as error:
+                    raise _of_row(error, row, len(items)) from error
+            return results
+        finally:
+            for stream in streams:
+                stream.close()
+
+    async def stream(self, item: Item, *, timeout_s: float | None = None) -> AsyncIterator[Part]:
+        """Answer one item in parts; closing or cancelling frees its slot within one step.
+
+        Raises what `infer` raises, before the first part or after some.
+        """
+        if self._phase.name != "ready":
+            raise self._not_ready()
+        stream = self._streaming().open(item, deadline=self._deadline(timeout_s))
+        try:
+            async for part in stream:
+                yield part
+        finally:
+            stream.close()
+
+    def _streaming(self) -> Stepper:
+        if self._stepper is None:
+            raise InvalidInput(f"model {self.spec.name!r} does not answer in parts")
+        return self._stepper
+
+    def _deadline(self, timeout_s: float | None) -> float:
+        longest = self.spec.deadline_ms / 1000
+        return self._clock() + (longest if timeout_s is None else min(timeout_s, longest))
+
+    def _check_size(self, items: int, size_bytes: int) -> None:
+        most = min(self.spec.limits.max_items, self.spec.batching.max_queue)
+        if items > most:
+            raise PayloadTooLarge(f"{items} rows in one request; model {self.spec.name!r} takes at most {most}")
+        if size_bytes > self.spec.batching.max_queue_bytes:
+            raise PayloadTooLarge(
+                f"{size_bytes} bytes in one request; model {self.spec.name!r} takes at most"
+                f" {self.spec.batching.max_queue_bytes}"
+            )
+
+    def _not_ready(self) -> NotReady:
+        reason = f": {self._phase.message}" if self._phase.message else ""
+        return NotReady(
+            f"model {self.spec.name!r} is {self._phase.name}{reason}",
+            phase=self._phase.name,
+            retry_after_s=_RETRY_AFTER_S,
+        )
+
+    # On the threads
+
+    def _run_items(self, items: Sequence[Item]) -> asyncio.Future[Sequence[Mapping[str, Any] | Exception]]:
+        return self._thread.call(self._predict, items)
+
+    def _run_rows(self, rows: Sequence[_Row]) -> asyncio.Future[Sequence[Mapping[str, Any] | Exception]]:
+        return self._thread.call(self._predict_rows, rows)
+
+    def _prepare_rows(self, rows: Sequence[_Row]) -> asyncio.Future[Sequence[int | Exception]]:
+        return self._preparer.call(self._prepare_some, rows)
+
+    def _prepare_some(self, rows: Sequence[_Row]) -> list[int | Exception]:
+        """Prepare rows until a slice of time is over, so that the model can begin with the first of slow ones."""
+        end = time.perf_counter() + _PREPARE_SLICE_S
+        costs: list[int | Exception] = []
+        for row in rows:
+            costs.append(self._prepare(row))
+            if time.perf_counter() > end:
+                break
+        return costs
+
+    def _prepare(self, row: _Row) -> int | Exception:
+        try:
+            row.value = self._model.prepare(row.value)
+            row.is_prepared = True
+            cost = getattr(self._model, "cost", None)
+            return int(cost(row.value)) if cost else 1
+        except Exception as error:
+            return error
+
+    def _predict_rows(self, rows: Sequence[_Row]) -> Sequence[Mapping[str, Any] | Exception]:
+        failed: dict[int, Exception] = {}
+        for index, row in enumerate(rows):
+            if not row.is_prepared:
+                cost = self._prepare(row)
+                if isinstance(cost, Exception):
+                    failed[index] = cost
+        if not failed:
+            return self._predict([row.value for row in rows])
+        good = [row.value for index, row in enumerate(rows) if index not in failed]
+        results = iter(self._predict(good) if good else ())
+        return [failed[index] if index in failed else next(results) for index in range(len(rows))]
+
+    def _predict(self, batch: Sequence[Any]) -> Sequence[Mapping[str, Any] | Exception]:
+        results: Sequence[Mapping[str, Any] | Exception] = self._model.predict(batch)
+        return results
+
+    # Ending
+
+    def stats(self) -> HostStats:
+        """Return what it holds and has done, as of now."""
+        batched = self._batcher.stats() if self._batcher else None
+        stepped = self._stepper.stats() if self._stepper else None
+        return HostStats(
+            queued=(batched.queued if batched else 0) + (stepped.queued if stepped else 0),
+            queued_bytes=batched.queued_bytes if batched else 0,
+            running=(batched.running if batched else 0) + (stepped.running if stepped else 0),
+            batches=(batched.batches if batched else 0) + (stepped.steps if stepped else 0),
+            items=(batched.items if batched else 0) + (stepped.ended if stepped else 0),
+            dropped=batched.dropped if batched else 0,
+            items_per_s=batched.items_per_s if batched else None,
+        )
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new requests and wait until the accepted ones are answered, or `timeout_s` are over."""
+        self._phase = Phase("draining")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                if self._batcher is not None:
+                    await self._batcher.drain()
+                if self._stepper is not None:
+                    await self._stepper.drain()
+
+    async def close(self) -> None:
+        """Fail what is not answered, give back what the model took, and end the threads after what they compute now."""
+        self._phase = Phase("draining")
+        if self._batcher is not None:
+            await self._batcher.close()
+        if self._stepper is not None:
+            await self._stepper.close()
+        close = getattr(self._model, "close", None)
+        if close is not None:
+            self._thread.call(close)
+        self._thread.close()
+        self._preparer.close()
+
+
+def _is_stepped(model: Any) -> bool:
+    return all(hasattr(model, method) for method in ("admit", "step", "release"))
+
+
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, RoundhouseError) else f"{type(error).__name__}: {error}"
+
+
+def _of_row(error: Exception, row: int, rows: int) -> Exception:
+    """Return an error that names the row it is about."""
+    if not isinstance(error, InvalidInput) or (rows == 1 and error.place):
+        return error
+    place = f"inputs row {row}" + (f", {error.place}" if error.place else "")
+    return type(error)(error.message, place=place)
+
+
+def _joined(parts: Sequence[Part]) -> Mapping[str, Any]:
+    """Return the parts of a generated text as one result: text and tokens joined, of the rest the last."""
+    result: dict[str, Any] = {}
+    for part in parts:
+        result.update(part)
+    result["text"] = "".join(part.get("text", "") for part in parts)
+    result["token_ids"] = [token for part in parts for token in part.get("token_ids", ())]
+    return result

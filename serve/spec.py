@@ -268,13 +268,15 @@ class Rule:
 
     Args:
         place: The field that a broken rule is blamed on, as a dotted path into the model.
-        reads: The fields that `broken` takes, in its order.
+        reads: The fields whose values `broken` takes, in its order.
         broken: Returns what is wrong, or None.
+        given: Fields of which `broken` takes, after the values, only whether they are given.
     """
 
     place: str
     reads: tuple[str, ...]
     broken: Callable[..., str | None]
+    given: tuple[str, ...] = ()
 
 
 def _replicas(least: int, most: int) -> str | None:
@@ -301,18 +303,18 @@ def _gpu_is_used(device: str, gpus: float) -> str | None:
     return f"{gpus:g} is reserved and device is cpu; leave one of them out" if device == "cpu" and gpus else None
 
 
-def _https_is_pinned(source: str, sha256: str | None) -> str | None:
+def _https_is_pinned(source: str, pinned: bool) -> str | None:
     return (
-        "an https: source takes sha256, that of the file" if source_scheme(source) == "https" and not sha256 else None
+        "an https: source takes sha256, that of the file" if source_scheme(source) == "https" and not pinned else None
     )
 
 
-def _sha256_has_file(source: str, sha256: str | None) -> str | None:
-    return "only an https: source takes sha256" if sha256 and source_scheme(source) != "https" else None
+def _sha256_has_file(source: str, pinned: bool) -> str | None:
+    return "only an https: source takes sha256" if pinned and source_scheme(source) != "https" else None
 
 
-def _revision_has_hub(source: str, revision: str | None) -> str | None:
-    return "only an hf: source takes revision" if revision and source_scheme(source) != "hf" else None
+def _revision_has_hub(source: str, given: bool) -> str | None:
+    return "only an hf: source takes revision" if given and source_scheme(source) != "hf" else None
 
 
 RULES = (
@@ -321,9 +323,9 @@ RULES = (
     Rule("batching.max_batch_cost", ("task", "batching.max_batch_cost"), _cost_known),
     Rule("device", ("device", "resources.gpus"), _cuda_has_gpu),
     Rule("resources.gpus", ("device", "resources.gpus"), _gpu_is_used),
-    Rule("source", ("source", "sha256"), _https_is_pinned),
-    Rule("sha256", ("source", "sha256"), _sha256_has_file),
-    Rule("revision", ("source", "revision"), _revision_has_hub),
+    Rule("source", ("source",), _https_is_pinned, given=("sha256",)),
+    Rule("sha256", ("source",), _sha256_has_file, given=("sha256",)),
+    Rule("revision", ("source",), _revision_has_hub, given=("revision",)),
 )
 
 
@@ -377,9 +379,12 @@ class ModelSpec(Strict):
 
     @model_validator(mode="after")
     def _keep_rules(self) -> ModelSpec:
-        broken = [
-            f"{rule.place}: {message}" for rule in RULES if (message := rule.broken(*attrgetter(*rule.reads)(self)))
-        ]
+        broken = []
+        for rule in RULES:
+            values = [attrgetter(path)(self) for path in rule.reads]
+            message = rule.broken(*values, *(getattr(self, field) is not None for field in rule.given))
+            if message:
+                broken.append(f"{rule.place}: {message}")
         if broken:
             raise PydanticCustomError("rules", "{problems}", {"problems": "; ".join(broken)})
         return self

@@ -1,0 +1,1 @@
+"""Ray Serve applications and the local platform; the only home of ray."""

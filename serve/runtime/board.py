@@ -1,0 +1,118 @@
+"""What a person watching `roundhouse up` sees: each model's phase as it changes, and where the time went."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from serve.api.directory import ModelStatus
+
+_COLOURS = {"ready": "green", "failed": "red", "queued": "dim", "draining": "yellow"}
+
+
+class Board:
+    """A live table on a terminal, one line an event elsewhere."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=False, highlight=False)
+        self._began = time.monotonic()
+        self._last: dict[str, tuple[str, str]] = {}
+        self._ready_after_s: dict[str, float] = {}
+        self._live: Live | None = None
+
+    def elapsed_s(self) -> float:
+        """Return seconds since the board was made."""
+        return time.monotonic() - self._began
+
+    def say(self, text: str) -> None:
+        """Print one line with the time since the start."""
+        self._console.print(Text(f"{self.elapsed_s():6.1f} s  {text}"))
+
+    def block(self, text: str) -> None:
+        """Print lines as they are."""
+        self._console.print(Text(text))
+        sys.stdout.flush()
+
+    def show(self, models: Sequence[ModelStatus]) -> None:
+        """Show the models' state; on a terminal in place, elsewhere only what changed."""
+        if self._console.is_terminal and self._live is None and any(not settled(model) for model in models):
+            self._live = Live(console=self._console, refresh_per_second=8, transient=True)
+            self._live.start()
+        for model in models:
+            self._note(model)
+        if self._live is not None:
+            self._live.update(self._table(models))
+            if all(settled(model) for model in models):
+                self.hide()
+
+    def hide(self) -> None:
+        """Take the live table away."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _note(self, model: ModelStatus) -> None:
+        was = self._last.get(model.name)
+        now = (model.phase, model.message)
+        if was == now:
+            return
+        self._last[model.name] = now
+        if was is None or was[0] != model.phase:
+            if model.phase == "ready":
+                self._ready_after_s[model.name] = self.elapsed_s()
+            detail = f": {model.message}" if model.message else ""
+            self.say(f"{model.name} {model.phase}{detail}")
+
+    def _table(self, models: Sequence[ModelStatus]) -> Table:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for heading in ("", "model", "task", "phase", "replicas", ""):
+            table.add_column(heading)
+        for model in models:
+            mark = Text("●", "green") if model.phase == "ready" else Text("✗", "red")
+            table.add_row(
+                mark if settled(model) else Spinner("dots"),
+                model.name,
+                model.task,
+                Text(model.phase, _COLOURS.get(model.phase, "cyan")),
+                f"{model.ready_replicas}/{model.target_replicas}",
+                Text(model.message, overflow="ellipsis", no_wrap=True),
+            )
+        return table
+
+
+def settled(model: ModelStatus) -> bool:
+    """Return whether nothing more will happen to the model by itself."""
+    return model.phase in ("ready", "failed")
+
+
+def time_spent(steps: Mapping[str, float], replicas: Mapping[str, Mapping[str, float]]) -> str:
+    """Return where the start's time went: the platform's own steps, then each model's phases, in seconds."""
+    lines = ["Where the time went (seconds):"]
+    lines.append("  platform      " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in steps.items()))
+    for model, phases in replicas.items():
+        spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in phases.items() if seconds >= 0.05)
+        lines.append(f"  {model:<13} {spent}")
+    return "\n".join(lines)
+
+
+def summary_table(models: Sequence[ModelStatus]) -> Group | Table:
+    """Return the table that `roundhouse status` prints."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("model", "task", "phase", "replicas", ""):
+        table.add_column(heading)
+    for model in models:
+        table.add_row(
+            model.name,
+            model.task,
+            Text(model.phase, _COLOURS.get(model.phase, "cyan")),
+            f"{model.ready_replicas}/{model.target_replicas}",
+            model.message,
+        )
+    return table

@@ -1,0 +1,99 @@
+"""Where every replica says how far it is, kept in Ray's control store so that no further process is needed for it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from ray.experimental.internal_kv import (
+    _internal_kv_del,
+    _internal_kv_get,
+    _internal_kv_list,
+    _internal_kv_put,
+)
+
+_NAMESPACE = b"roundhouse"
+_DECLARED = b"declared"
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaPhase:
+    """What one replica last said.
+
+    Args:
+        replica: Its Ray Serve id.
+        phase: As in `serve.host.Phase`.
+        message: For people; for `failed`, why.
+        done: Bytes or steps done, of `total`; 0 of 0 where unknown.
+        at: Unix time, seconds.
+        seconds: Finished phases of this replica and how long each took.
+    """
+
+    model: str
+    replica: str
+    phase: str
+    message: str
+    done: int
+    total: int
+    at: float
+    seconds: dict[str, float]
+
+
+def report(phase: ReplicaPhase) -> None:
+    """Publish a replica's phase, replacing what it said before."""
+    key = f"phase/{phase.model}/{phase.replica}".encode()
+    _internal_kv_put(key, json.dumps(asdict(phase)).encode(), overwrite=True, namespace=_NAMESPACE)
+
+
+def reported() -> list[ReplicaPhase]:
+    """Return what every replica last said, oldest first; those that are gone included."""
+    found = []
+    for key in _internal_kv_list(b"phase/", namespace=_NAMESPACE):
+        value = _internal_kv_get(key, namespace=_NAMESPACE)
+        if value:
+            found.append(ReplicaPhase(**json.loads(value)))
+    return sorted(found, key=lambda phase: phase.at)
+
+
+def forget(model: str) -> None:
+    """Remove what the replicas of a model said."""
+    for key in _internal_kv_list(f"phase/{model}/".encode(), namespace=_NAMESPACE):
+        _internal_kv_del(key, namespace=_NAMESPACE)
+
+
+def declare(models: Sequence[dict[str, object]]) -> None:
+    """Publish the models that are declared, for the gateway's directory."""
+    _internal_kv_put(_DECLARED, json.dumps(models).encode(), overwrite=True, namespace=_NAMESPACE)
+
+
+def declared() -> list[dict[str, object]]:
+    """Return what `declare` published last."""
+    value = _internal_kv_get(_DECLARED, namespace=_NAMESPACE)
+    return list(json.loads(value)) if value else []
+
+
+class PhaseReporter:
+    """Publishes the phases of one replica, at most ten a second while nothing but a counter moves."""
+
+    def __init__(self, model: str, replica: str) -> None:
+        self._model = model
+        self._replica = replica
+        self._phase = ""
+        self._entered = time.time()
+        self._sent = 0.0
+        self._seconds: dict[str, float] = {}
+
+    def __call__(self, phase: str, message: str = "", done: int = 0, total: int = 0) -> None:
+        """Publish; called from any one thread at a time."""
+        now = time.time()
+        if phase != self._phase:
+            if self._phase:
+                spent = now - self._entered
+                self._seconds[self._phase] = round(self._seconds.get(self._phase, 0.0) + spent, 3)
+            self._phase, self._entered = phase, now
+        elif now - self._sent < 0.1:
+            return
+        self._sent = now
+        report(ReplicaPhase(self._model, self._replica, phase, message, done, total, now, dict(self._seconds)))

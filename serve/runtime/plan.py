@@ -1,0 +1,58 @@
+"""What has to change between two declarations, decided apart from doing it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from serve.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What to deploy and what to remove; every other model is left alone."""
+
+    deploy: tuple[ModelSpec, ...]
+    remove: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.deploy or self.remove)
+
+
+def diff(running: Mapping[str, ModelSpec], wanted: Sequence[ModelSpec]) -> Changes:
+    """Return what turns `running` into `wanted`, in the order of `wanted`."""
+    names = {spec.name for spec in wanted}
+    return Changes(
+        deploy=tuple(spec for spec in wanted if running.get(spec.name) != spec),
+        remove=tuple(name for name in running if name not in names),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What the local Ray node is told to have.
+
+    Args:
+        cpus: At least what the machine has and at least what the models ask for, because replicas may share cores.
+        memory_bytes: Likewise.
+        notes: What a person should know about it.
+    """
+
+    cpus: float
+    memory_bytes: int
+    notes: tuple[str, ...]
+
+
+def capacity(specs: Sequence[ModelSpec], *, cpus: int, memory_bytes: int) -> Capacity:
+    """Fit the local node to the declaration: on one machine models share cores rather than wait forever."""
+    asked_cpus = sum(spec.resources.cpus * spec.scaling.max_replicas for spec in specs)
+    asked_memory = sum((spec.resources.memory or 0) * spec.scaling.max_replicas for spec in specs)
+    notes = []
+    if asked_cpus > cpus:
+        notes.append(f"the models ask for {asked_cpus:g} CPU cores and this machine has {cpus}: they share")
+    if asked_memory > memory_bytes:
+        notes.append(
+            f"the models ask for {asked_memory / 2**30:.1f} GiB of memory and "
+            f"{memory_bytes / 2**30:.1f} GiB are free: they may run out"
+        )
+    return Capacity(max(asked_cpus, float(cpus)) + 1, max(asked_memory, memory_bytes), tuple(notes))

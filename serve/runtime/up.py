@@ -1,0 +1,164 @@
+"""`roundhouse up`: start the platform, show how far it is, follow the declaration's edits, and stop it whole."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from serve.api.directory import ModelStatus
+from serve.declaration import Declaration, load_declaration
+from serve.errors import SpecError
+from serve.runtime import state
+from serve.runtime.board import Board, settled, time_spent
+from serve.runtime.examples import curl
+from serve.runtime.platform import Platform, has_haproxy
+from serve.settings import Settings
+from serve.spec import ModelSpec
+
+_STARTING_POLL_S = 0.2
+_SETTLED_POLL_S = 1.0
+
+
+class Up:
+    """One run of `roundhouse up`."""
+
+    def __init__(self, path: Path, *, settings: Settings) -> None:
+        self._path = path
+        self._settings = settings
+        self._board = Board()
+        self._stop = threading.Event()
+        self._platform = Platform(settings, say=self._board.say)
+        self._steps: dict[str, float] = {}
+        self._seen = b""
+
+    @property
+    def url(self) -> str:
+        """Return where the platform answers."""
+        host = "127.0.0.1" if self._settings.host == "0.0.0.0" else self._settings.host  # noqa: S104
+        return f"http://{host}:{self._settings.port}"
+
+    def run(self) -> int:
+        """Serve until told to stop; return the exit status."""
+        declaration = self._load()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+        try:
+            self._start(declaration)
+            self._follow(declaration)
+        finally:
+            self._board.hide()
+            self._board.say("stopping: draining what is in flight")
+            with _deferred_signals():
+                self._platform.stop()
+                state.remove(self._settings)
+            self._board.say("stopped")
+        return 0
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        if self._stop.is_set():
+            raise KeyboardInterrupt
+        self._stop.set()
+
+    def _load(self) -> Declaration:
+        self._seen = self._path.read_bytes() if self._path.is_file() else b""
+        return load_declaration(self._path)
+
+    def _start(self, declaration: Declaration) -> None:
+        began = time.monotonic()
+        room = self._platform.start(declaration.models)
+        self._steps["Ray and Ray Serve"] = time.monotonic() - began
+        for number in (signal.SIGINT, signal.SIGTERM):  # Ray has put its own in place
+            signal.signal(number, self._on_signal)
+        for note in room.notes:
+            self._board.say(f"note: {note}")
+        if not has_haproxy():
+            self._board.say("note: HAProxy is not to be had here; Ray's own proxy is used, which is slower")
+        state.write(
+            self._settings,
+            state.Running(
+                pid=os.getpid(),
+                created=psutil.Process().create_time(),
+                url=self.url,
+                file=str(self._path.resolve()),
+                logs=str(self._platform.logs),
+            ),
+        )
+        self._board.say(f"serving on {self.url}, logs in {self._platform.logs}")
+        self._platform.apply(declaration.models, base_dir=declaration.base_dir)
+
+    def _follow(self, declaration: Declaration) -> None:
+        from serve.runtime.gateway import read_models
+
+        announced = False
+        while not self._stop.is_set():
+            models = read_models()
+            self._board.show(models)
+            done = all(settled(model) for model in models)
+            if done and not announced:
+                self._announce(declaration, models)
+                announced = True
+            self._stop.wait(_SETTLED_POLL_S if done else _STARTING_POLL_S)
+            edited = self._edited()
+            if edited is not None:
+                declaration, announced = edited, False
+
+    def _edited(self) -> Declaration | None:
+        """Return the declaration if its file changed and is right; a wrong edit is told and changes nothing."""
+        with contextlib.suppress(OSError):
+            if self._path.read_bytes() == self._seen:
+                return None
+        try:
+            declaration = self._load()
+        except SpecError as error:
+            self._board.block(f"{self._path.name} changed, and is wrong; what runs goes on:\n{error}")
+            return None
+        changes = self._platform.apply(declaration.models, base_dir=declaration.base_dir)
+        parts = [f"starting {spec.name}" for spec in changes.deploy] + [f"removing {name}" for name in changes.remove]
+        self._board.say(f"{self._path.name} changed: {', '.join(parts) or 'no model is different'}")
+        return declaration
+
+    def _announce(self, declaration: Declaration, models: list[ModelStatus]) -> None:
+        ready = {model.name for model in models if model.phase == "ready"}
+        lines = ["", self._time_spent(), "", f"{len(ready)} of {len(models)} models are ready:"]
+        lines += [self._line(spec, ready) for spec in declaration.models]
+        lines += ["", f"Documentation: {self.url}/docs    Stop: Ctrl-C, or roundhouse down", ""]
+        self._board.block("\n".join(lines))
+
+    def _line(self, spec: ModelSpec, ready: set[str]) -> str:
+        if spec.name not in ready:
+            return f"  {spec.name:<14} failed; see above, and the logs in {self._platform.logs}"
+        return f"  {spec.name:<14} {curl(spec, self.url)}"
+
+    def _time_spent(self) -> str:
+        from serve.runtime import phases
+
+        return time_spent(self._steps, {phase.model: phase.seconds for phase in phases.reported()})
+
+
+@contextlib.contextmanager
+def _deferred_signals() -> Iterator[None]:
+    """Ignore a further Ctrl-C while processes are being ended: half an end would leave some behind."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)
+
+
+def up(path: Path, *, settings: Settings) -> int:
+    """Run the platform until Ctrl-C.
+
+    Raises:
+        SpecError: The declaration is wrong; nothing was started.
+        PlatformError: Ray did not start or the port is taken.
+    """
+    return Up(path, settings=settings).run()

@@ -83,10 +83,12 @@ def _near_suffix(written: str) -> str | None:
     return next((suffix for suffix in _SUFFIXES if suffix.lower() == letters), None)
 
 
+_ByteCount = Annotated[int, Field(ge=1, le=2**60)]
 Bytes = Annotated[
-    int,
-    BeforeValidator(parse_quantity, json_schema_input_type=int | Annotated[str, Field(pattern=QUANTITY_PATTERN)]),
-    Field(ge=0, le=2**60),
+    _ByteCount,
+    BeforeValidator(
+        parse_quantity, json_schema_input_type=_ByteCount | Annotated[str, Field(pattern=QUANTITY_PATTERN)]
+    ),
 ]
 
 
@@ -163,7 +165,7 @@ class Batching(Strict):
         description="Cost of one batch in the task's own unit (tokens for text); none means no bound but the size.",
     )
     max_queue: int = Field(default=1024, ge=1, description="Items that may wait.")
-    max_queue_bytes: Bytes = Field(default=256 * 2**20, ge=1, description="Bytes of the items that may wait.")
+    max_queue_bytes: Bytes = Field(default=256 * 2**20, description="Bytes of the items that may wait.")
 
 
 class Scaling(Strict):
@@ -192,7 +194,7 @@ class Resources(Strict):
 class Limits(Strict):
     """What one request may ask."""
 
-    max_request_bytes: Bytes = Field(default=32 * 2**20, ge=1, description="Bytes of a body, decompressed.")
+    max_request_bytes: Bytes = Field(default=32 * 2**20, description="Bytes of a body, decompressed.")
     max_items: int = Field(default=256, ge=1, description="Items in one request.")
 
 
@@ -330,10 +332,7 @@ RULES = (
 
 
 class ModelSpec(Strict):
-    """One model, as declared.
-
-    `options` always holds every option of the task, those that were left out with their defaults.
-    """
+    """One model, as declared."""
 
     name: str = Field(
         pattern=NAME_PATTERN, max_length=40, description="Names the model in URLs; small letters, digits and hyphens."
@@ -362,6 +361,7 @@ class ModelSpec(Strict):
     deadline_ms: float = Field(
         default=60_000, gt=0, le=86_400_000, description="Longest time to an answer; a request may ask for less."
     )
+    #: Once validated, it holds every option of the task, so that equal models are equal however they are written.
     options: dict[str, Any] = Field(
         default_factory=dict, validate_default=True, description="The task's own options; see the task."
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import yaml
@@ -54,6 +54,10 @@ class Problem:
     message: str
     value: Any = None
     suggestion: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return its fields as JSON values."""
+        return asdict(self)
 
     def __str__(self) -> str:
         place = self.file if self.line is None else f"{self.file}:{self.line}:{self.column}"

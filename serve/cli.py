@@ -1,0 +1,193 @@
+"""The `roundhouse` command: the only place where things are wired together, importing only what it runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from serve import __version__
+from serve.errors import RoundhouseError
+
+if TYPE_CHECKING:
+    from serve.declaration import Declaration
+
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One subcommand.
+
+    Args:
+        name: What is typed.
+        takes: Its arguments as the overview shows them.
+        summary: One line for the overview.
+        arguments: Adds its arguments to a parser.
+        run: Does it and returns the exit status; imports what it needs itself, so that `--help` stays quick.
+    """
+
+    name: str
+    takes: str
+    summary: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def _check_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", nargs="?", default="models.yaml", metavar="FILE", help="default: models.yaml")
+    parser.add_argument(
+        "--json", action="store_true", help="print the problems as a JSON list, empty if there are none"
+    )
+
+
+def _check(options: argparse.Namespace) -> int:
+    from serve.declaration import InvalidDeclaration, load_declaration
+
+    try:
+        declaration = load_declaration(options.file)
+    except InvalidDeclaration as error:
+        if options.json:
+            _print_json([problem.as_dict() for problem in error.problems])
+        else:
+            count = len(error.problems)
+            print(error, f"{options.file}: {count} problem{'s' if count > 1 else ''}", sep="\n")
+        return FAILED
+    if options.json:
+        _print_json([])
+    else:
+        print(_overview(declaration))
+    return OK
+
+
+def _overview(declaration: Declaration) -> str:
+    """Return a short table of what is declared."""
+    from serve.spec import revision_of
+
+    rows = [("MODEL", "TASK", "SOURCE", "REPLICAS", "DEVICE", "REVISION")]
+    for spec in declaration.models:
+        low, high = spec.scaling.min_replicas, spec.scaling.max_replicas
+        replicas = str(low) if low == high else f"{low} to {high}"
+        source = spec.source if len(spec.source) <= 48 else f"{spec.source[:45]}..."
+        rows.append((spec.name, spec.task, source, replicas, spec.device, revision_of(spec)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    count = len(declaration.models)
+    summary = f"{declaration.path}: {count} model{'' if count == 1 else 's'}, no problem"
+    return "\n".join([*lines, summary] if count else [summary])
+
+
+def _schema_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--markdown", action="store_true", help="print the tables of docs/models-yaml.md instead")
+
+
+def _schema(options: argparse.Namespace) -> int:
+    from serve.schema import json_schema, markdown_tables
+
+    if options.markdown:
+        print(markdown_tables(), end="")
+    else:
+        _print_json(json_schema())
+    return OK
+
+
+def _print_json(value: object) -> None:
+    import json
+
+    print(json.dumps(value, indent=2))
+
+
+COMMANDS = (
+    Command("check", "[FILE]", "Tell every problem in a declaration, or what it declares", _check_arguments, _check),
+    Command("schema", "", "Print the JSON Schema of models.yaml, which editors use", _schema_arguments, _schema),
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose help is one page about all the commands."""
+
+    def format_help(self) -> str:
+        lines = [f"{command.name} {command.takes}".rstrip() for command in COMMANDS]
+        width = max(map(len, [*lines, "COMMAND --help"])) + 3
+        return "\n".join(
+            [
+                "Roundhouse serves many models on few GPUs, from one declaration.",
+                "",
+                *(
+                    f"  roundhouse {line:<{width}}{command.summary}"
+                    for line, command in zip(lines, COMMANDS, strict=True)
+                ),
+                "",
+                f"  roundhouse {'COMMAND --help':<{width}}What one command takes",
+                f"  roundhouse {'--version':<{width}}Print the version",
+                "",
+                "docs/models-yaml.md describes a declaration; settings are ROUNDHOUSE_* variables.",
+                "",
+            ]
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="roundhouse", usage="roundhouse COMMAND ...", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"roundhouse {__version__}")
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, parser_class=argparse.ArgumentParser
+    )
+    for command in COMMANDS:
+        subparser = commands.add_parser(
+            command.name, prog=f"roundhouse {command.name}", description=f"{command.summary}.", allow_abbrev=False
+        )
+        command.arguments(subparser)
+        subparser.set_defaults(run=command.run)
+    return parser
+
+
+def _misspelt(arguments: Sequence[str]) -> str | None:
+    """Return a sentence about a first argument that is no command, or None."""
+    names = [command.name for command in COMMANDS]
+    if not arguments or arguments[0].startswith("-") or arguments[0] in names:
+        return None
+    import difflib
+
+    near = difflib.get_close_matches(arguments[0], names, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+    return f"no command {arguments[0]!r}; {hint}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+
+    Args:
+        arguments: What follows `roundhouse`; None takes those of the process.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    parser = _parser()
+    if not arguments:
+        parser.print_help()
+        return USAGE
+    if misspelt := _misspelt(arguments):
+        parser.error(misspelt)
+    options = parser.parse_args(arguments)
+    try:
+        status: int = options.run(options)
+        sys.stdout.flush()
+    except RoundhouseError as error:
+        print(f"roundhouse: {error}", file=sys.stderr)
+        return FAILED
+    except BrokenPipeError:
+        # The reader left; what Python would still flush at exit has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

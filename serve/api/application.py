@@ -1,0 +1,117 @@
+"""A FastAPI application whose hot routes skip FastAPI: no middleware, no routing, no validation stands before them."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+import orjson
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute, Route
+
+from serve.api.errors import MethodNotAllowed, PathNotFound, Shape, open_inference_shape, openai_shape, send_error
+from serve.api.wire import JSON_HEADER, Headers, Receive, Scope, Send, echoed, relative_path, send_bytes
+from serve.errors import ModelNotFound
+
+#: What answers one request: scope, its headers by name (the last of a name), receive, send.
+Answer = Callable[[Scope, dict[bytes, bytes], Receive, Send], Awaitable[None]]
+
+
+class Endpoint:
+    """An ASGI application that answers one route and tells its errors in one protocol's shape."""
+
+    def __init__(self, answer: Answer, shape: Shape) -> None:
+        self._answer = answer
+        self._shape = shape
+
+    @classmethod
+    def telling(cls, make: Callable[[dict[str, str]], Any], shape: Shape) -> Endpoint:
+        """Return the endpoint of a document that is made from the path's parameters: an object, or a page of HTML."""
+
+        async def answer(scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:  # noqa: ARG001
+            made = make(scope["path_params"])
+            kind = (b"content-type", b"text/html; charset=utf-8") if isinstance(made, str) else JSON_HEADER
+            body = made.encode() if isinstance(made, str) else orjson.dumps(made)
+            await send_bytes(send, 200, [kind, *echoed(headers)], body)
+
+        return cls(answer, shape)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        started = False
+
+        async def tracked(message: Any) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._answer(scope, headers, receive, tracked)
+        except Exception as error:
+            if started:
+                raise
+            await send_error(send, error, self._shape, extra=echoed(headers))
+
+
+class Application(FastAPI):
+    """FastAPI with a table of hot POST routes in front.
+
+    Args:
+        hot: Path below the mount point -> what answers POST there.
+        routes: Everything else.
+    """
+
+    def __init__(self, *, hot: Mapping[str, Endpoint], routes: Sequence[BaseRoute], **options: Any) -> None:
+        super().__init__(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, **options)
+        self._hot = dict(hot)
+        # The hot routes stand first: Ray looks each request's path up in this list to name its route.
+        self.router.routes[:0] = [*(Route(path, end, methods=["POST"]) for path, end in hot.items()), *routes]
+        self.add_exception_handler(HTTPException, _refuse)  # type: ignore[arg-type]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await super().__call__(scope, receive, send)
+            return
+        path = relative_path(scope)
+        if path is None:
+            # The server matches prefixes by letters: `/v2/models/ab` arrives at the model `a`.
+            await _send_not_found(scope, send)
+            return
+        if scope["method"] == "POST" and (endpoint := self._hot.get(path)) is not None:
+            await endpoint(scope, receive, send)
+            return
+        if len(path) > 1 and path.endswith("/"):
+            path = path.rstrip("/") or "/"
+        await super().__call__({**scope, "path": scope.get("root_path", "") + path}, receive, send)
+
+
+def shape_of(path: str) -> Shape:
+    """Return the shape of errors that clients of a path read."""
+    return openai_shape if path.startswith("/v1/") or path == "/v1" or "/v1/" in path else open_inference_shape
+
+
+async def _send_not_found(scope: Scope, send: Send) -> None:
+    name = scope["path"].removeprefix("/v2/models/").partition("/")[0]
+    own = scope["root_path"].rpartition("/")[2]
+    await send_error(send, ModelNotFound(name, near=[own]), shape_of(scope["path"]), extra=[])
+
+
+async def _refuse(request: Any, error: HTTPException) -> Any:
+    """Tell FastAPI's own refusals (no such path, no such method) in the protocol's shape."""
+    path = request.scope["path"]
+    allow = (error.headers or {}).get("Allow", "")
+    if error.status_code == 405:
+        told: Exception = MethodNotAllowed(f"{request.method} is not answered at {path}; {allow} is", allow=allow)
+    else:
+        told = PathNotFound(f"there is nothing at {path[:200]}; see {request.scope.get('root_path', '')}/docs")
+    return _Refusal(told, shape_of(path), echoed(dict(request.scope["headers"])))
+
+
+class _Refusal:
+    def __init__(self, error: Exception, shape: Shape, extra: Headers) -> None:
+        self._told = (error, shape, extra)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI
+        error, shape, extra = self._told
+        await send_error(send, error, shape, extra=extra)

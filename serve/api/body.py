@@ -1,0 +1,202 @@
+"""A request's body: read within its limit, decompressed within its limit, parsed strictly."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import zlib
+from typing import Any
+
+import orjson
+
+from serve.api.wire import Receive
+from serve.errors import Cancelled, InvalidInput, PayloadTooLarge, UnsupportedMedia
+
+# `curl -d` says form-urlencoded and tritonclient says nothing at all: both send JSON.
+_READABLE_TYPES = frozenset(
+    (b"", b"application/json", b"application/octet-stream", b"application/x-www-form-urlencoded", b"text/plain", b"*/*")
+)
+_WINDOW_BITS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
+_INLINE_BYTES = 256 * 1024
+_DEEPEST = 32
+# A quote that ends a key stands before a colon; inside a string it would follow a backslash, which only counts too much.
+_KEY = re.compile(rb'"[ \t\r\n]*:')
+
+
+def check_media_type(headers: dict[bytes, bytes]) -> None:
+    """Refuse a body that says it is neither JSON nor bytes.
+
+    Raises:
+        UnsupportedMedia: Its content type is another one.
+    """
+    declared = headers.get(b"content-type")
+    if declared is None or declared == b"application/json":
+        return
+    kind, _, options = declared.partition(b";")
+    kind = kind.strip().lower()
+    if kind not in _READABLE_TYPES and not (kind.startswith(b"application/") and kind.endswith(b"+json")):
+        raise UnsupportedMedia(
+            f"{kind.decode('latin-1')!r} is not understood here; send application/json", place="header content-type"
+        )
+    charset = options.lower().replace(b" ", b"").replace(b'"', b"")
+    if b"charset=" in charset and b"charset=utf-8" not in charset and b"charset=us-ascii" not in charset:
+        raise UnsupportedMedia("the charset of JSON is utf-8", place="header content-type")
+
+
+async def read_body(headers: dict[bytes, bytes], receive: Receive, *, limit: int) -> bytes:
+    """Return the body, decompressed.
+
+    Args:
+        limit: Bytes that it may have, compressed and decompressed.
+
+    Raises:
+        PayloadTooLarge: It has more; where its length is declared, before any of it is read.
+        UnsupportedMedia: Its encoding is not gzip, deflate or identity.
+        InvalidInput: It does not decompress, or its declared length is no number.
+        Cancelled: The client left while sending it.
+    """
+    declared = headers.get(b"content-length")
+    if declared is not None:
+        if not declared.isdigit():
+            raise InvalidInput(f"{declared.decode('latin-1')!r} is not a length", place="header content-length")
+        if int(declared) > limit:
+            raise _too_large(int(declared), limit)
+    message = await receive()
+    if message["type"] != "http.request":
+        raise Cancelled("the client left while sending its request")
+    body: bytes = message.get("body", b"")
+    if message.get("more_body", False):
+        body = await _read_rest(body, receive, limit)
+    elif len(body) > limit:
+        raise _too_large(len(body), limit)
+    encoding = headers.get(b"content-encoding")
+    return body if encoding is None else await _decoded(body, encoding, limit)
+
+
+async def _read_rest(first: bytes, receive: Receive, limit: int) -> bytes:
+    parts, size, more = [first], len(first), True
+    while more:
+        if size > limit:
+            raise _too_large(size, limit)
+        message = await receive()
+        if message["type"] != "http.request":
+            raise Cancelled("the client left while sending its request")
+        part = message.get("body", b"")
+        parts.append(part)
+        size += len(part)
+        more = message.get("more_body", False)
+    if size > limit:
+        raise _too_large(size, limit)
+    return b"".join(parts)
+
+
+def _too_large(size: int, limit: int) -> PayloadTooLarge:
+    return PayloadTooLarge(f"{size} bytes or more, and a request may have {limit}", place="body")
+
+
+async def _decoded(body: bytes, encoding: bytes, limit: int) -> bytes:
+    name = encoding.decode("latin-1").strip().lower()
+    if name == "identity":
+        return body
+    if name not in _WINDOW_BITS:
+        raise UnsupportedMedia(f"{name!r} is not one of gzip, deflate, identity", place="header content-encoding")
+    if len(body) <= _INLINE_BYTES:
+        return decompress(body, name, limit=limit)
+    return await asyncio.to_thread(decompress, body, name, limit=limit)
+
+
+def decompress(body: bytes, encoding: str, *, limit: int) -> bytes:
+    """Return a gzip or deflate (zlib, RFC 9110) body decompressed.
+
+    Raises:
+        PayloadTooLarge: It expands to more than `limit` bytes; no more than that is ever held.
+        InvalidInput: It is damaged, cut short, or followed by something else.
+    """
+    expander = zlib.decompressobj(_WINDOW_BITS[encoding])
+    try:
+        expanded = expander.decompress(body, limit + 1)
+    except zlib.error as error:
+        raise InvalidInput(f"is not {encoding}: {error}", place="body") from error
+    if len(expanded) > limit:
+        raise PayloadTooLarge(f"expands to more than the {limit} bytes that a request may have", place="body")
+    if not expander.eof or expander.unused_data:
+        what = "ends early" if not expander.eof else "is followed by other bytes"
+        raise InvalidInput(f"the {encoding} stream {what}", place="body")
+    return expanded
+
+
+def compress(body: bytes, encoding: str) -> bytes:
+    """Return a body as gzip or deflate, fast rather than small."""
+    packer = zlib.compressobj(1, zlib.DEFLATED, _WINDOW_BITS[encoding])
+    return packer.compress(body) + packer.flush()
+
+
+def asked_encoding(headers: dict[bytes, bytes]) -> str | None:
+    """Return the coding that the client asks the answer to have.
+
+    Libraries list every coding they can read on each request; that is no wish. One coding alone is.
+    """
+    accepted = headers.get(b"accept-encoding")
+    if accepted is None or b"," in accepted:
+        return None
+    name = accepted.decode("latin-1").strip().lower()
+    return name if name in _WINDOW_BITS else None
+
+
+def parse_object(raw: bytes | memoryview) -> dict[str, Any]:
+    """Parse a JSON object strictly.
+
+    Raises:
+        InvalidInput: It is empty, no JSON (NaN and Infinity are none), no UTF-8, nested too deeply, no object, or a key of
+            it stands twice.
+    """
+    if not raw:
+        raise InvalidInput("is empty; a JSON object belongs here", place="body")
+    try:
+        document = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise InvalidInput(f"is not valid JSON: {error}", place="body") from error
+    if type(document) is not dict:
+        raise InvalidInput(f"must be a JSON object, not {json_type(document)}", place="body")
+    if _count_keys(document, 0) != len(_KEY.findall(raw)):
+        _refuse_duplicates(raw)
+    return document
+
+
+def _count_keys(value: dict[str, Any], depth: int) -> int:
+    """Count the keys of an object and of the objects in it; may leave some out, which only costs the exact check."""
+    if depth > _DEEPEST:
+        raise InvalidInput(f"is nested more than {_DEEPEST} levels deep", place="body")
+    count = len(value)
+    for inner in value.values():
+        kind = type(inner)
+        if kind is dict:
+            count += _count_keys(inner, depth + 1)
+        elif kind is list and inner and type(inner[0]) is dict:
+            for element in inner:
+                if type(element) is dict:
+                    count += _count_keys(element, depth + 1)
+    return count
+
+
+def _refuse_duplicates(raw: bytes | memoryview) -> None:
+    def unique(pairs: list[tuple[str, Any]]) -> None:
+        seen = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise InvalidInput(f"the key {key[:80]!r} stands twice in one object", place="body")
+            seen.add(key)
+
+    try:
+        json.loads(bytes(raw), object_pairs_hook=unique)
+    except (RecursionError, ValueError) as error:
+        raise InvalidInput("is nested too deeply", place="body") from error
+
+
+_JSON_TYPES = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+
+
+def json_type(value: object) -> str:
+    """Return what JSON calls a parsed value, with its article."""
+    return _JSON_TYPES.get(type(value), "a number")

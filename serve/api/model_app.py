@@ -1,0 +1,316 @@
+"""The HTTP application of one model: the Open Inference Protocol and the OpenAI surface over its Host."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from typing import Any
+
+import orjson
+from starlette.routing import BaseRoute, Route
+
+from serve.api import documents, openai_surface
+from serve.api.application import Answer, Application, Endpoint
+from serve.api.body import asked_encoding, check_media_type, compress, parse_object, read_body
+from serve.api.deadlines import timeout_s
+from serve.api.errors import describe, open_inference_shape, openai_shape
+from serve.api.multipart import parse_form
+from serve.api.open_inference import HEADER_LENGTH, OpenInference
+from serve.api.pages import model_page
+from serve.api.wire import (
+    JSON_HEADER,
+    Receive,
+    Scope,
+    Send,
+    cancelled_on_disconnect,
+    echoed,
+    send_bytes,
+    unless_disconnected,
+)
+from serve.errors import Cancelled, InvalidInput, ModelNotFound, NotReady
+from serve.host import Host
+from serve.models.base import Item
+from serve.settings import Settings
+
+Headers = dict[bytes, bytes]
+Result = Mapping[str, Any]
+_EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+_READERS = {"chat/completions": openai_surface.read_chat, "completions": openai_surface.read_completions}
+
+
+def build_model_app(host: Host, *, settings: Settings, watch_disconnect: bool = False) -> Application:  # noqa: ARG001
+    """Return the application of a loaded model, to be mounted anywhere (`root_path`).
+
+    Args:
+        host: Loaded; its signature is final.
+        settings: As for every application.
+        watch_disconnect: Drop the work of a client that left. Ray's replica does that by cancelling the request's task;
+            a plain ASGI server does not, and needs it.
+
+    Raises:
+        NotReady: The host is not loaded.
+    """
+    return ModelRoutes(host, watch_disconnect=watch_disconnect).application()
+
+
+class ModelRoutes:
+    """What answers each route of one model."""
+
+    def __init__(self, host: Host, *, watch_disconnect: bool) -> None:
+        self._host = host
+        self._spec = host.spec
+        self._signature = host.signature
+        self._protocol = OpenInference(host.spec, host.signature)
+        self._limit = host.spec.limits.max_request_bytes
+        self._watch = watch_disconnect
+        self._document = documents.model_document(self._protocol)
+
+    def application(self) -> Application:
+        """Return the application."""
+        infer = Endpoint(self.infer, open_inference_shape)
+        hot = {
+            "/infer": infer,
+            f"/versions/{self._protocol.version}/infer": infer,
+            "/v1/embeddings": Endpoint(self.embeddings, openai_shape),
+            "/v1/chat/completions": Endpoint(self._text("chat/completions"), openai_shape),
+            "/v1/completions": Endpoint(self._text("completions"), openai_shape),
+            "/v1/audio/transcriptions": Endpoint(self.transcriptions, openai_shape),
+        }
+        name = self._spec.name
+        return Application(hot=hot, routes=self._routes(), title=name, description=self._spec.description)
+
+    def _routes(self) -> list[BaseRoute]:
+        protocol = self._protocol
+        model = openai_surface.model_object(self._spec.name)
+        told: dict[str, Any] = {"/": protocol.metadata, "/ready": self.ready, "/config": protocol.config, "/stats": self.stats}
+        routes: list[BaseRoute] = []
+        for path, make in told.items():
+            routes.append(Route(path, Endpoint.telling(lambda _, make=make: make(), open_inference_shape), methods=["GET"]))
+            versioned = Endpoint.telling(lambda found, make=make: self._versioned(found) or make(), open_inference_shape)
+            routes.append(Route("/versions/{version}" + path.rstrip("/"), versioned, methods=["GET"]))
+        other = Endpoint.telling(self._versioned, open_inference_shape)
+        listed = Endpoint.telling(lambda _: {"object": "list", "data": [model]}, openai_shape)
+        page = model_page(self._document)
+        return [
+            *routes,
+            Route("/versions/{version}/infer", other, methods=["POST"]),
+            Route("/v1/models", listed, methods=["GET"]),
+            Route("/v1/models/{model:path}", Endpoint.telling(self._one_model, openai_shape), methods=["GET"]),
+            Route("/openapi.json", Endpoint.telling(lambda _: self._document, open_inference_shape), methods=["GET"]),
+            Route("/docs", Endpoint.telling(lambda _: page, open_inference_shape), methods=["GET"]),
+        ]
+
+    def _versioned(self, found: dict[str, str]) -> None:
+        self._protocol.check_version(found["version"])
+
+    def _one_model(self, found: dict[str, str]) -> dict[str, Any]:
+        if found["model"] != self._spec.name:
+            raise ModelNotFound(found["model"], near=[self._spec.name])
+        return openai_surface.model_object(self._spec.name)
+
+    def ready(self) -> dict[str, Any]:
+        """Return that the model answers.
+
+        Raises:
+            NotReady: It does not.
+        """
+        name, phase = self._spec.name, self._host.phase
+        if phase != "ready":
+            raise NotReady(f"model {name!r} is {phase}", phase=phase, retry_after_s=2.0)
+        return {"name": name, "ready": True}
+
+    def stats(self) -> dict[str, Any]:
+        """Return the statistics in Triton's words (statistics extension); what is not measured here is zero."""
+        stats = self._host.stats()
+        none = {"count": 0, "ns": 0}
+        parts = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output", "cache_hit", "cache_miss")
+        entry = {
+            "name": self._spec.name,
+            "version": self._protocol.version,
+            "last_inference": 0,
+            "inference_count": stats.items,
+            "execution_count": stats.batches,
+            "inference_stats": {part: none for part in parts} | {"success": {"count": stats.items, "ns": 0}},
+            "batch_stats": [],
+            "response_stats": {},
+            "memory_usage": [],
+            "queue": {"items": stats.queued, "bytes": stats.queued_bytes, "running": stats.running},
+            "dropped_count": stats.dropped,
+            "items_per_second": stats.items_per_s,
+        }
+        return {"model_stats": [entry]}
+
+    # Hot routes
+
+    async def _infer(
+        self, items: Sequence[Item], receive: Receive, *, timeout_s: float | None, size_bytes: int
+    ) -> Sequence[Result]:
+        work = self._host.infer(items, timeout_s=timeout_s, size_bytes=size_bytes)
+        return await (unless_disconnected(work, receive) if self._watch else work)
+
+    async def infer(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        """`POST /infer`: tensors in, tensors out."""
+        wait_s = timeout_s(headers)
+        check_media_type(headers)
+        body = await read_body(headers, receive, limit=self._limit)
+        request = self._protocol.read(body, headers.get(HEADER_LENGTH))
+        if request.timeout_s is not None:
+            wait_s = request.timeout_s if wait_s is None else min(wait_s, request.timeout_s)
+        results = await self._infer(request.items, receive, timeout_s=wait_s, size_bytes=len(body))
+        answer, content = self._protocol.write(request, results)
+        answer += echoed(headers)
+        encoding = asked_encoding(headers)
+        if encoding is not None:
+            content = compress(content, encoding)
+            answer.append((b"content-encoding", encoding.encode()))
+        await send_bytes(send, 200, answer, content)
+
+    async def embeddings(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        """`POST /v1/embeddings`: texts in, vectors out."""
+        openai_surface.check_task("embeddings", self._spec)
+        wait_s = timeout_s(headers)
+        check_media_type(headers)
+        body = await read_body(headers, receive, limit=self._limit)
+        request = openai_surface.read_embeddings(parse_object(body), self._spec, self._signature)
+        items = [{"text": text} for text in request.texts]
+        with _about_field("input"):
+            results = await self._infer(items, receive, timeout_s=wait_s, size_bytes=len(body))
+        answer = openai_surface.embeddings_answer(request, results, model=self._spec.name)
+        content = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
+        await send_bytes(send, 200, [JSON_HEADER, *echoed(headers)], content)
+
+    async def transcriptions(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        """`POST /v1/audio/transcriptions`: a recording in, its words out."""
+        openai_surface.check_task("audio/transcriptions", self._spec)
+        wait_s = timeout_s(headers)
+        body = await read_body(headers, receive, limit=self._limit)
+        form = parse_form(headers.get(b"content-type"), body)
+        request = openai_surface.read_transcription(form, self._spec, self._signature)
+        with _about_field("file"):
+            results = await self._infer([request.item], receive, timeout_s=wait_s, size_bytes=len(body))
+        answer = openai_surface.transcription_answer(request, results[0])
+        if isinstance(answer, str):
+            kind = (b"content-type", b"text/plain; charset=utf-8")
+            await send_bytes(send, 200, [kind, *echoed(headers)], answer.encode())
+        else:
+            await send_bytes(send, 200, [JSON_HEADER, *echoed(headers)], orjson.dumps(answer))
+
+    def _text(self, endpoint: str) -> Answer:
+        """Return what answers `POST /v1/<endpoint>`: a prompt or a chat in, text out, whole or as events."""
+        read = _READERS[endpoint]
+
+        async def answer(scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:  # noqa: ARG001
+            openai_surface.check_task(endpoint, self._spec)
+            wait_s = timeout_s(headers)
+            check_media_type(headers)
+            body = await read_body(headers, receive, limit=self._limit)
+            request = read(parse_object(body), self._spec, self._signature)
+            told = openai_surface.TextAnswer(
+                request,
+                chat=endpoint.startswith("chat/"),
+                number=uuid.uuid4().hex,
+                created=int(time.time()),
+                model=self._spec.name,
+            )
+            with _about_field(request.field):
+                if request.stream:
+                    await self._stream(request, told, headers, receive, send, wait_s)
+                    return
+                results = await self._infer(request.items, receive, timeout_s=wait_s, size_bytes=len(body))
+            content = orjson.dumps(told.whole(results), option=orjson.OPT_SERIALIZE_NUMPY)
+            await send_bytes(send, 200, [JSON_HEADER, *echoed(headers)], content)
+
+        return answer
+
+    async def _stream(
+        self,
+        request: openai_surface.TextRequest,
+        told: openai_surface.TextAnswer,
+        headers: Headers,
+        receive: Receive,
+        send: Send,
+        wait_s: float | None,
+    ) -> None:
+        """Send the choices as server-sent events; an error before the first part has its own status, a later one its event."""
+        last: dict[int, Result] = {}
+        started = False
+        try:
+            async with cancelled_on_disconnect(receive), merged(self._host, request.items, timeout_s=wait_s) as parts:
+                async for index, part in parts:
+                    events = told.chunks(index, part)
+                    if not started:
+                        started = True
+                        start = {"type": "http.response.start", "status": 200, "headers": [*_EVENTS, *echoed(headers)]}
+                        await send(start)
+                        events = [event for i in range(len(request.items)) if (event := told.opening(i))] + events
+                    if part.get("finish_reason") is not None:
+                        last[index] = part
+                    if events:
+                        await _send_events(send, events)
+                closing = told.closing([last[index] for index in sorted(last)])
+                await _send_events(send, [closing] if closing else [], end=b"data: [DONE]\n\n")
+        except Cancelled:
+            if not started:
+                raise
+        except Exception as error:
+            if not started:
+                raise
+            await _send_events(send, [openai_shape(*describe(error))], end=b"")
+        if started:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _send_events(send: Send, events: Sequence[dict[str, Any]], *, end: bytes = b"") -> None:
+    body = b"".join(b"data: " + orjson.dumps(event) + b"\n\n" for event in events) + end
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+@contextlib.contextmanager
+def _about_field(field: str) -> Any:
+    """Tell errors about an item as errors about the request's field that it came from."""
+    try:
+        yield
+    except InvalidInput as error:
+        raise openai_surface.of_request(error, field) from error
+
+
+@contextlib.asynccontextmanager
+async def merged(
+    host: Host, items: Sequence[Item], *, timeout_s: float | None
+) -> AsyncIterator[AsyncIterator[tuple[int, Result]]]:
+    """Stream several items at once: yields an iterator of (which item, part) that ends with the last of them.
+
+    Leaving the block closes every stream, so that its slot is free within one step.
+    """
+    queue: asyncio.Queue[tuple[int, Result] | Exception | None] = asyncio.Queue(maxsize=4 * len(items))
+
+    async def pump(index: int, item: Item) -> None:
+        try:
+            async with contextlib.aclosing(host.stream(item, timeout_s=timeout_s)) as parts:  # type: ignore[type-var]
+                async for part in parts:
+                    await queue.put((index, part))
+            await queue.put(None)
+        except Exception as error:
+            await queue.put(error)
+
+    async def parts() -> AsyncIterator[tuple[int, Result]]:
+        ended = 0
+        while ended < len(items):
+            found = await queue.get()
+            if isinstance(found, Exception):
+                raise found
+            if found is None:
+                ended += 1
+            else:
+                yield found
+
+    pumps: list[Awaitable[None]] = [asyncio.ensure_future(pump(index, item)) for index, item in enumerate(items)]
+    try:
+        yield parts()
+    finally:
+        for task in pumps:
+            task.cancel()  # type: ignore[attr-defined]
+        await asyncio.gather(*pumps, return_exceptions=True)

@@ -1,0 +1,362 @@
+"""Tensors of the Open Inference Protocol v2, as JSON or as bytes, to a model's items and back."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from serve.api.body import json_type
+from serve.errors import InvalidInput, PredictionFailed
+from serve.models.base import TensorSpec
+
+Array = npt.NDArray[Any]
+
+#: Datatype on the wire -> numpy's, little-endian as the binary extension has it.
+DTYPES: dict[str, np.dtype[Any]] = {
+    "BOOL": np.dtype(np.bool_),
+    "UINT8": np.dtype("<u1"),
+    "UINT16": np.dtype("<u2"),
+    "UINT32": np.dtype("<u4"),
+    "UINT64": np.dtype("<u8"),
+    "INT8": np.dtype("<i1"),
+    "INT16": np.dtype("<i2"),
+    "INT32": np.dtype("<i4"),
+    "INT64": np.dtype("<i8"),
+    "FP16": np.dtype("<f2"),
+    "FP32": np.dtype("<f4"),
+    "FP64": np.dtype("<f8"),
+}
+_LENGTH = struct.Struct("<I")
+_BOUNDS = {dtype: np.iinfo(dtype) for dtype in DTYPES.values() if dtype.kind in "iu"}
+
+
+def read_shape(shape: object, spec: TensorSpec, place: str) -> tuple[int, ...]:
+    """Return a tensor's shape, checked against what the model takes.
+
+    Raises:
+        InvalidInput: It is no list of whole numbers, has another rank or another fixed dimension, or has no row.
+    """
+    if type(shape) is not list:
+        raise _no_shape(shape, place)
+    for size in shape:
+        if type(size) is not int or size < 0:
+            raise _no_shape(shape, place)
+    if len(shape) != len(spec.shape) or (
+        len(shape) > 1 and any(want not in (-1, size) for size, want in zip(shape[1:], spec.shape[1:], strict=True))
+    ):
+        raise InvalidInput(
+            f"is {shape!r:.80}, and {spec.name!r} takes {list(spec.shape)} (-1 is any length, the first is the number of items)",
+            place=f"{place}.shape",
+        )
+    if shape[0] == 0:
+        raise InvalidInput("has no row; send at least one item", place=f"{place}.shape[0]")
+    return tuple(shape)
+
+
+def _no_shape(shape: object, place: str) -> InvalidInput:
+    return InvalidInput(f"must be a list of whole numbers from 0, not {shape!r:.80}", place=f"{place}.shape")
+
+
+def read_json(data: object, shape: tuple[int, ...], spec: TensorSpec, place: str, *, booleans: bool) -> Sequence[Any]:
+    """Return the rows of a tensor whose data stands in the JSON, nested or flat and row-major.
+
+    Args:
+        booleans: The document holds `true` or `false` somewhere; where it does not, no element needs to be checked for it.
+
+    Raises:
+        InvalidInput: An element does not fit the datatype, or there are more or fewer than the shape says.
+    """
+    place = f"{place}.data"
+    if type(data) is not list:
+        raise InvalidInput(f"must be a list, not {json_type(data)}", place=place)
+    if spec.datatype == "BYTES":
+        return _read_json_bytes(data, shape, spec, place)
+    target = DTYPES[spec.datatype]
+    try:
+        array = np.array(data)
+        converted = _convert(array, target)
+    except (ValueError, OverflowError, FloatingPointError) as error:
+        raise _misfit(data, shape, spec, place) from error
+    if booleans and target.kind != "b" and any(type(element) is bool for element, _ in _elements(data, place)):
+        raise _misfit(data, shape, spec, place)
+    if array.shape != shape:
+        if array.ndim != 1 or array.size != math.prod(shape):
+            raise _shape_mismatch(array.shape, array.size, shape, place)
+        converted = converted.reshape(shape)
+    return converted
+
+
+# By kind of the wire's datatype: the kinds that numpy finds in JSON which fit it.
+_FITTING = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}
+
+
+def _convert(array: Array, target: np.dtype[Any]) -> Array:
+    """Return an array as another datatype.
+
+    Raises:
+        ValueError, FloatingPointError: An element is of another kind, or out of the datatype's range.
+    """
+    if array.dtype == target:
+        return array
+    if array.size == 0:
+        return array.astype(target)
+    if array.dtype.kind not in _FITTING[target.kind]:
+        raise ValueError(array.dtype)
+    if target.kind == "f":
+        with np.errstate(over="raise"):
+            return array.astype(np.float64, copy=False).astype(target)
+    bounds = _BOUNDS[target]
+    if int(array.min()) < bounds.min or int(array.max()) > bounds.max:
+        raise ValueError(array.dtype)
+    return array.astype(target)
+
+
+def _read_json_bytes(data: list[Any], shape: tuple[int, ...], spec: TensorSpec, place: str) -> Sequence[Any]:
+    if all(type(element) is str for element in data):
+        flat, found = data, (len(data),)
+    else:
+        elements = list(_elements(data, place))
+        for element, where in elements:
+            if type(element) is not str:
+                raise InvalidInput(f"must be a string (datatype BYTES), not {json_type(element)}", place=where)
+        flat, found = [element for element, _ in elements], _nested_shape(data)
+    if len(flat) != math.prod(shape) or (len(found) > 1 and found != shape):
+        raise _shape_mismatch(found, len(flat), shape, place)
+    values: list[Any] = flat
+    if spec.content == "base64":
+        values = [_from_base64(text, f"{place}[{index}]") for index, text in enumerate(flat)]
+    return _bytes_rows(values, shape)
+
+
+def _from_base64(text: str, place: str) -> bytes:
+    try:
+        return binascii.a2b_base64(text, strict_mode=True)
+    except (binascii.Error, ValueError) as error:
+        hint = "; leave out the data: prefix" if text.startswith("data:") else ""
+        raise InvalidInput(f"is not base64 ({error}): {text[:24]!r}{hint}", place=place) from error
+
+
+def _bytes_rows(values: list[Any], shape: tuple[int, ...]) -> Sequence[Any]:
+    if len(shape) == 1:
+        return values
+    rows: Array = np.empty(len(values), dtype=object)
+    rows[:] = values
+    return rows.reshape(shape)
+
+
+def _nested_shape(data: list[Any]) -> tuple[int, ...]:
+    shape: list[int] = []
+    level: Any = data
+    while type(level) is list:
+        shape.append(len(level))
+        level = level[0] if level else None
+    return tuple(shape)
+
+
+def _elements(data: list[Any], place: str, depth: int = 0) -> Any:
+    """Yield every element of a nested list with its place."""
+    if depth > 16:
+        raise InvalidInput("is nested more than 16 levels deep", place=place)
+    for index, element in enumerate(data):
+        where = f"{place}[{index}]"
+        if type(element) is list:
+            yield from _elements(element, where, depth + 1)
+        else:
+            yield element, where
+
+
+def _misfit(data: list[Any], shape: tuple[int, ...], spec: TensorSpec, place: str) -> InvalidInput:
+    """Find what a fast check refused, so that the error names the element."""
+    target = DTYPES[spec.datatype]
+    count = 0
+    for element, where in _elements(data, place):
+        count += 1
+        reason = _element_misfit(element, target)
+        if reason:
+            return InvalidInput(f"{element!r:.60} {reason} {spec.datatype}", place=where)
+    if count != math.prod(shape):
+        return _shape_mismatch(None, count, shape, place)
+    return InvalidInput(f"is nested unevenly, and the shape says {list(shape)}", place=place)
+
+
+def _element_misfit(element: object, target: np.dtype[Any]) -> str | None:
+    if target.kind == "b":
+        return None if type(element) is bool else "is no boolean, and the datatype is"
+    if type(element) not in (int, float):
+        return "is no number, and the datatype is"
+    assert isinstance(element, (int, float))
+    if target.kind == "f":
+        return "is out of the range of" if abs(element) > float(np.finfo(target).max) else None
+    if type(element) is float:
+        out = abs(element) >= 2**63
+        return "is out of the range of" if out else "is no whole number, and the datatype is"
+    bounds = np.iinfo(target)
+    return None if bounds.min <= element <= bounds.max else "is out of the range of"
+
+
+def _shape_mismatch(found: tuple[int, ...] | None, count: int, shape: tuple[int, ...], place: str) -> InvalidInput:
+    nested = f" (nested as {list(found)})" if found is not None and len(found) > 1 else ""
+    return InvalidInput(
+        f"holds {count} elements{nested}, and the shape {list(shape)} has {math.prod(shape)}", place=place
+    )
+
+
+def read_binary(raw: memoryview, shape: tuple[int, ...], spec: TensorSpec, place: str) -> Sequence[Any]:
+    """Return the rows of a tensor whose data follows the JSON (binary tensor data extension), as views where possible.
+
+    Raises:
+        InvalidInput: The bytes are not as many as the shape and the datatype take.
+    """
+    if spec.datatype == "BYTES":
+        return _bytes_rows(_read_binary_bytes(raw, math.prod(shape), place), shape)
+    target = DTYPES[spec.datatype]
+    want = math.prod(shape) * target.itemsize
+    if len(raw) != want:
+        raise InvalidInput(
+            f"is {len(raw)}, and the shape {list(shape)} of {spec.datatype} takes {want} bytes",
+            place=f"{place}.parameters.binary_data_size",
+        )
+    if target.kind == "b" and len(raw) and int(np.frombuffer(raw, dtype=np.uint8).max()) > 1:
+        raise InvalidInput("BOOL is a byte of 0 or 1", place=place)
+    return np.frombuffer(raw, dtype=target).reshape(shape)
+
+
+def _read_binary_bytes(raw: memoryview, count: int, place: str) -> list[bytes]:
+    values: list[bytes] = []
+    offset, end = 0, len(raw)
+    while offset < end:
+        if offset + 4 > end:
+            raise InvalidInput(f"the length of element {len(values)} is cut short", place=place)
+        (size,) = _LENGTH.unpack_from(raw, offset)
+        offset += 4
+        if size > end - offset:
+            raise InvalidInput(
+                f"element {len(values)} should have {size} bytes, and {end - offset} are left", place=place
+            )
+        values.append(bytes(raw[offset : offset + size]))
+        offset += size
+    if len(values) != count:
+        raise InvalidInput(f"holds {len(values)} elements, and the shape has {count}", place=place)
+    return values
+
+
+def read_raw(raw: memoryview, spec: TensorSpec) -> Sequence[Any]:
+    """Return the rows of a request that is nothing but one tensor's bytes (`Inference-Header-Content-Length: 0`).
+
+    BYTES is one element without its length. Otherwise the rows are counted from the size; with one variable dimension
+    beside the batch there is one row.
+
+    Raises:
+        InvalidInput: The size fits no shape of the tensor, or several.
+    """
+    if spec.datatype == "BYTES":
+        if any(size not in (-1, 1) for size in spec.shape):
+            raise InvalidInput(f"{spec.name!r} has more than one element; send a JSON header", place="body")
+        return _bytes_rows([bytes(raw)], (1,) * len(spec.shape))
+    variable = sum(size == -1 for size in spec.shape[1:])
+    if variable > 1:
+        raise InvalidInput(f"the shape {list(spec.shape)} cannot be told from a size; send a JSON header", place="body")
+    fixed = math.prod(size for size in spec.shape[1:] if size != -1)
+    count, rest = divmod(len(raw), fixed * DTYPES[spec.datatype].itemsize)
+    if rest or not count:
+        raise InvalidInput(f"{len(raw)} bytes are no whole tensor {list(spec.shape)} of {spec.datatype}", place="body")
+    shape = tuple(count if size == -1 else size for size in spec.shape[1:])
+    return read_binary(raw, (1, *shape) if variable else (count, *shape), spec, "body")
+
+
+def stack(rows: Sequence[Any], spec: TensorSpec) -> Array | list[Any]:
+    """Return the rows of an output as one tensor: an array, or for BYTES a list (of lists, of rank 2) of bytes or str.
+
+    Raises:
+        PredictionFailed: The model's rows do not fit together or do not fit the datatype.
+    """
+    if spec.datatype == "BYTES":
+        values = [row.tolist() if isinstance(row, np.ndarray) else row for row in rows]
+        if len({_length(value) for value in values}) > 1:
+            raise _ragged(spec)
+        return values
+    try:
+        return np.asarray(rows, dtype=DTYPES[spec.datatype])
+    except (ValueError, TypeError) as error:
+        if len({np.shape(row) for row in rows}) > 1:
+            raise _ragged(spec) from error
+        raise PredictionFailed(f"the model's output {spec.name!r} is no {spec.datatype}: {error}") from error
+
+
+def _length(value: object) -> int | None:
+    return len(value) if isinstance(value, (list, tuple)) else None
+
+
+def _ragged(spec: TensorSpec) -> PredictionFailed:
+    return PredictionFailed(f"the rows of the output {spec.name!r} differ in shape; send one item a request")
+
+
+def write_json(tensor: Array | list[Any], spec: TensorSpec) -> dict[str, Any]:
+    """Return an output with its data in the JSON: flat and row-major; NaN and infinities, which JSON has not, as null.
+
+    The data of a numeric output is still an array: the JSON writer reads it as it lies.
+    """
+    if isinstance(tensor, list):
+        shape, flat = _flatten(tensor)
+        tell: Callable[[Any], str] = _to_base64 if spec.content == "base64" else _to_text
+        return {"name": spec.name, "datatype": "BYTES", "shape": shape, "data": [tell(value) for value in flat]}
+    data = tensor if tensor.ndim == 1 and tensor.flags.c_contiguous else tensor.ravel()
+    return {"name": spec.name, "datatype": spec.datatype, "shape": tensor.shape, "data": data}
+
+
+def write_binary(tensor: Array | list[Any], spec: TensorSpec) -> tuple[dict[str, Any], bytes]:
+    """Return an output without data and the bytes that follow the JSON for it."""
+    if isinstance(tensor, list):
+        shape, flat = _flatten(tensor)
+        encoded = [value.encode() if isinstance(value, str) else bytes(value) for value in flat]
+        raw = b"".join(_LENGTH.pack(len(value)) + value for value in encoded)
+    else:
+        shape, raw = list(tensor.shape), tensor.tobytes()
+    parameters = {"binary_data_size": len(raw)}
+    return {"name": spec.name, "datatype": spec.datatype, "shape": shape, "parameters": parameters}, raw
+
+
+def _flatten(values: list[Any]) -> tuple[list[int], list[Any]]:
+    shape = [len(values)]
+    while values and isinstance(values[0], (list, tuple)):
+        shape.append(len(values[0]))
+        values = [element for value in values for element in value]
+    return shape, values
+
+
+def _to_text(value: object) -> str:
+    if isinstance(value, str):
+        return value
+    assert isinstance(value, bytes)
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise PredictionFailed("the model's output is no UTF-8; ask for it as binary data") from error
+
+
+def _to_base64(value: object) -> str:
+    raw = value.encode() if isinstance(value, str) else value
+    assert isinstance(raw, bytes)
+    return base64.b64encode(raw).decode()
+
+
+def example_tensor(item: Mapping[str, Any], spec: TensorSpec) -> dict[str, Any]:
+    """Return an input of one row with its data in the JSON, for documents."""
+    value = item[spec.name]
+    rows = [value] if isinstance(value, (str, bytes, bytearray)) else np.asarray(value)[None]
+    if isinstance(rows, list):
+        rows = [bytes(value) if isinstance(value, bytearray) else value]
+    elif spec.datatype == "BYTES":
+        rows = rows.tolist()
+    else:
+        rows = rows.astype(DTYPES[spec.datatype])
+    tensor = write_json(rows, spec)
+    data = tensor["data"]
+    return tensor | {"shape": list(tensor["shape"]), "data": data.tolist() if isinstance(data, np.ndarray) else data}

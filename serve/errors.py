@@ -1,28 +1,39 @@
 """What can go wrong, as one small tree, so that every layer raises the same words and only the API knows status codes.
 
-    RoundhouseError
-    ├── SpecError            the declaration is wrong                    (never reaches HTTP)
-    ├── SourceError          a model's files could not be had            (the model fails to load)
-    ├── LoadError            the files were had, the model did not load
-    ├── InvalidInput         the caller's request is wrong
-    │   ├── UnsupportedParameter
-    │   ├── PayloadTooLarge
-    │   └── UnsupportedMedia
-    ├── ModelNotFound
-    ├── NotReady             the model is loading, draining or failed
-    ├── Overloaded           the queue is full
-    ├── DeadlineExceeded
-    ├── Cancelled            the caller left
-    └── PredictionFailed     the model raised
+RoundhouseError
+├── SpecError            the declaration is wrong                    (never reaches HTTP)
+├── SourceError          a model's files could not be had            (the model fails to load)
+├── LoadError            the files were had, the model did not load
+├── InvalidInput         the caller's request is wrong
+│   ├── UnsupportedParameter
+│   ├── PayloadTooLarge
+│   └── UnsupportedMedia
+├── ModelNotFound
+├── NotReady             the model is loading, draining or failed
+├── Overloaded           the queue is full
+├── DeadlineExceeded
+├── Cancelled            the caller left
+└── PredictionFailed     the model raised
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class RoundhouseError(Exception):
     """Base of every error that Roundhouse raises on purpose; `str(error)` is a sentence for people."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception's own way back calls the class with its message alone, which loses what else it carries.
+        return _restore, (type(self), self.args, self.__dict__)
+
+
+def _restore(kind: type[RoundhouseError], arguments: tuple[Any, ...], state: dict[str, Any]) -> RoundhouseError:
+    error = kind.__new__(kind, *arguments)
+    error.__dict__.update(state)
+    return error
 
 
 class SpecError(RoundhouseError):
@@ -42,7 +53,7 @@ class InvalidInput(RoundhouseError):
 
     Args:
         message: What is wrong, with the value where that helps.
-        place: The field, as a path into the request: `inputs[0].shape`, `messages[2].content`, `header x-request-timeout-ms`.
+        place: The field, as a path into the request: `inputs[0].shape`, `header x-request-timeout-ms`.
     """
 
     def __init__(self, message: str, *, place: str | None = None) -> None:

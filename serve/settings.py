@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
 
 from serve.errors import SpecError
 
@@ -19,7 +22,7 @@ class Settings(BaseModel):
     Lists are comma-separated there.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     cache_dir: Path = Field(
         default_factory=lambda: Path.home() / ".cache" / "roundhouse",
@@ -31,13 +34,13 @@ class Settings(BaseModel):
     )
     host: str = Field(default="127.0.0.1", description="Address that HTTP is served on.")
     port: int = Field(default=8000, ge=1, le=65535, description="Port that HTTP is served on.")
-    log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
-    offline: bool = Field(
-        default=False, description="Never touch the network; use what is cached."
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Least severe line of the log."
     )
+    offline: bool = Field(default=False, description="Never touch the network; use what is cached.")
     allowed_hosts: tuple[str, ...] = Field(
         default=(),
-        description="Hosts that downloads may reach although their address is private, or although another host redirected there.",
+        description="Hosts that downloads may reach although their address is private or only a redirect names them.",
     )
     max_unpacked_bytes: int = Field(
         default=200 * 1024**3,
@@ -47,33 +50,59 @@ class Settings(BaseModel):
     max_unpacked_ratio: float = Field(
         default=200.0, ge=1, description="How many times its own size an archive may expand to."
     )
-    hf_endpoint: str = Field(default="https://huggingface.co", description="The hub behind `hf:`.")
-    s3_endpoint: str | None = Field(
-        default=None, description="An S3-compatible server behind `s3:`."
+    download_attempts: int = Field(
+        default=6, ge=1, le=100, description="Tries of one download that in a row bring less than 1 MiB."
     )
+    download_backoff_s: float = Field(
+        default=0.5, ge=0, le=30, description="Wait before the second try, seconds; it doubles, to 30 at most."
+    )
+    download_timeout_s: float = Field(
+        default=30.0, gt=0, le=3600, description="Seconds in which a download must connect, and bring 1 KiB for each."
+    )
+    hf_endpoint: str = Field(default="https://huggingface.co", description="The hub behind `hf:`.")
+    s3_endpoint: str | None = Field(default=None, description="An S3-compatible server behind `s3:`.")
+
+    @field_validator("cache_dir", "state_dir")
+    @classmethod
+    def _from_home(cls, folder: Path) -> Path:
+        try:
+            return folder.expanduser()
+        except RuntimeError as error:
+            raise ValueError("names the home of a user who has none") from error
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
         """Read `ROUNDHOUSE_*`.
 
         Raises:
-            SpecError: A variable is unknown or its value does not fit.
+            SpecError: A variable is unknown, empty or does not fit; every such variable has a line.
         """
         source = os.environ if environment is None else environment
         values: dict[str, object] = {}
+        problems: list[str] = []
         for variable, text in source.items():
             if variable.startswith(PREFIX):
                 field = variable[len(PREFIX) :].lower()
-                values[field] = (
-                    tuple(part.strip() for part in text.split(",") if part.strip())
-                    if field == "allowed_hosts"
-                    else text
-                )
+                if field == "allowed_hosts":
+                    values[field] = tuple(part.strip() for part in text.split(",") if part.strip())
+                elif text or field not in cls.model_fields:
+                    values[field] = text
+                else:
+                    problems.append(f"{variable}: is empty; unset it for the default")
         try:
-            return cls.model_validate(values)
+            settings = cls.model_validate(values)
         except ValidationError as error:
-            lines = [
-                f"{PREFIX}{str(problem['loc'][0]).upper()}: {problem['msg']} (got {problem['input']!r})"
-                for problem in error.errors()
-            ]
-            raise SpecError("\n".join(lines)) from error
+            problems += map(_line, error.errors(include_url=False))
+            raise SpecError("\n".join(sorted(problems))) from error
+        if problems:
+            raise SpecError("\n".join(sorted(problems)))
+        return settings
+
+
+def _line(problem: ErrorDetails) -> str:
+    field = str(problem["loc"][0])
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(field, Settings.model_fields, n=1)
+        hint = f"; did you mean {PREFIX}{near[0].upper()}?" if near else ""
+        return f"{PREFIX}{field.upper()}: unknown setting{hint}"
+    return f"{PREFIX}{field.upper()}: {problem['msg']} (got {problem['input']!r})"

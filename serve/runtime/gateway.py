@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from serve.api.directory import ModelStatus
 from serve.api.gateway_app import build_gateway_app
 from serve.runtime import phases
+from serve.runtime.ingress import take_over
 from serve.runtime.replica import application_name
 from serve.settings import Settings
 
@@ -102,12 +103,12 @@ class Gateway:
     """The gateway's replica."""
 
     def __init__(self, settings: str) -> None:
-        self._settings = Settings.model_validate_json(settings)
+        own = Settings.model_validate_json(settings)
+        self._app = build_gateway_app(RayDirectory(), settings=own, base_url=f"http://127.0.0.1:{own.port}")
+        take_over(lambda: self._app)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_gateway_app(
-            RayDirectory(), settings=self._settings, base_url=f"http://127.0.0.1:{self._settings.port}"
-        )
+        return self._app
 
 
 def build_gateway(settings: Settings) -> ray_serve.Application:

@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 from serve.api.model_app import build_model_app
 from serve.host import Host, Phase
+from serve.runtime.ingress import take_over
 from serve.runtime.phases import PhaseReporter
 from serve.settings import Settings
 from serve.spec import ModelSpec
@@ -40,6 +41,7 @@ class ModelReplica:
 
     async def __init__(self, spec: str, settings: str, base_dir: str) -> None:  # type: ignore[misc]
         sys.setswitchinterval(SWITCH_INTERVAL_S)
+        take_over(lambda: self._app)
         self._spec = ModelSpec.model_validate_json(spec)
         self._settings = Settings.model_validate_json(settings)
         say = PhaseReporter(self._spec.name, ray_serve.get_replica_context().replica_tag)

@@ -1,0 +1,325 @@
+"""Text generation with continuous batching: streams join and leave between steps, and a long prompt is read in pieces."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tokenizers import Tokenizer
+
+from serve.errors import InvalidInput, LoadError, PredictionFailed, UnsupportedParameter
+from serve.models.base import Item, LoadContext, Signature, Step, TensorSpec
+from serve.models.chat import read_messages, read_template
+from serve.models.devices import use_threads
+from serve.models.gguf_weights import convert_gguf
+from serve.models.llama import Llama
+from serve.models.sampling import IncrementalDecoder, Sampler, SamplingSettings, StopStrings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from serve.models.chat import ChatTemplate
+
+#: Prompt tokens that one step reads: while nobody else waits for a token, and while somebody does. The second bounds
+#: what a long prompt adds to its neighbours' time between tokens.
+_PIECE = {"cpu": (256, 64), "cuda": (2048, 512)}
+
+_MAX_STOPS = 16
+_MAX_STOP_CHARACTERS = 256
+
+_PARAMETERS = {
+    "max_tokens": "Tokens of the answer at most; an integer from 1.",
+    "temperature": "0 (default) takes the likeliest token each time; up to 2 for more variety.",
+    "top_p": "Draw among the likeliest tokens that together reach this probability; above 0, up to 1 (default).",
+    "seed": "An integer from 0 to 2^63 - 1; the same seed draws the same tokens.",
+    "stop": f"Texts that end the answer and are not part of it; a list of at most {_MAX_STOPS} strings.",
+}
+
+_SIGNATURE = Signature(
+    inputs=(TensorSpec("prompt", "BYTES", (-1,), "Text to go on from; special tokens written in it are special"),),
+    outputs=(
+        TensorSpec("text", "BYTES", (-1,), "The text that follows"),
+        TensorSpec("finish_reason", "BYTES", (-1,), "stop: the answer ended; length: max_tokens or the context did"),
+        TensorSpec("prompt_tokens", "INT32", (-1,), "Tokens of the prompt"),
+        TensorSpec("completion_tokens", "INT32", (-1,), "Tokens of the text"),
+    ),
+    parameters=_PARAMETERS,
+    example={"prompt": b"The capital of France is", "parameters": {"max_tokens": 8}},
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request that is ready for a slot."""
+
+    prompt: tuple[int, ...]
+    settings: SamplingSettings
+
+
+class _Stream:
+    """One request in its slot."""
+
+    def __init__(self, key: int, slot: int, prepared: Prepared, decoder: IncrementalDecoder, limit: int) -> None:
+        self.key, self.slot, self.prompt = key, slot, prepared.prompt
+        self.limit = limit  # tokens of the answer
+        self.read = 0  # tokens in the cache
+        self.tokens: list[int] = []
+        self.sampler = Sampler(prepared.settings)
+        self._decoder, self._stops = decoder, StopStrings(prepared.settings.stop)
+
+    def take(self, token: int, *, ends: bool) -> Step:
+        """Add a token and return what it shows; `ends` tells an end-of-sequence token, which is no part of the answer."""
+        if ends:
+            return self._finish("", "stop", [])
+        self.tokens.append(token)
+        shown, stopped = self._stops.feed(self._decoder.feed(token))
+        if stopped:
+            return self._last(shown, "stop", [token])
+        if len(self.tokens) == self.limit:
+            return self._finish(shown, "length", [token])
+        return Step(self.key, {"text": shown, "token_ids": [token]})
+
+    def _finish(self, shown: str, reason: str, token_ids: list[int]) -> Step:
+        rest, stopped = self._stops.feed(self._decoder.flush())
+        return self._last(shown + rest + self._stops.flush(), "stop" if stopped else reason, token_ids)
+
+    def _last(self, shown: str, reason: str, token_ids: list[int]) -> Step:
+        output = {
+            "text": shown,
+            "token_ids": token_ids,
+            "finish_reason": reason,
+            "prompt_tokens": len(self.prompt),
+            "completion_tokens": len(self.tokens),
+        }
+        return Step(self.key, output, done=True)
+
+
+class TextGeneration:
+    """A model of the llama family, from a GGUF file or a Hugging Face folder.
+
+    `prepare` takes {"prompt": bytes | str} or {"messages": [{"role", "content"}, ...]}, either with {"parameters": ...}.
+    In a prompt, special tokens are special, as the model's own tokenizer has it; in messages they are plain text.
+    """
+
+    signature = _SIGNATURE
+    slots = 0
+
+    def load(self, context: LoadContext) -> None:
+        """Load weights and tokenizer, converting a GGUF file into the cache at the first time.
+
+        Raises:
+            LoadError: No model here, or one of another family; the message names what is supported.
+        """
+        use_threads(context.threads)
+        options = context.options
+        folder = _model_folder(context)
+        self.slots, self._context_tokens = options.slots, options.context_tokens
+        self._default_max_tokens = options.default_max_tokens
+        self._tokenizer = _read_tokenizer(folder)
+        self._chat: ChatTemplate | None = read_template(folder, self._tokenizer, options.chat_template)
+        self._llama = Llama(
+            folder,
+            device=context.device,
+            dtype=getattr(torch, context.dtype),
+            slots=options.slots,
+            context_tokens=options.context_tokens,
+            progress=context.progress,
+        )
+        self._end = self._llama.config.eos_token_ids | _generation_ends(folder)
+        self._piece = _PIECE[context.device]
+        self._free = list(range(options.slots))
+        self._streams: dict[int, _Stream] = {}
+        self._keys = itertools.count()
+
+    def prepare(self, item: Item) -> Prepared:
+        """Tokenise and check one item.
+
+        Raises:
+            UnsupportedParameter: A parameter that this model does not read.
+            InvalidInput: Anything else that is wrong, with its place.
+        """
+        for key in item:
+            if key not in ("prompt", "messages", "parameters"):
+                raise InvalidInput("is not an input of text-generation; it takes prompt or messages", place=str(key))
+        if ("prompt" in item) == ("messages" in item):
+            raise InvalidInput("give either prompt or messages", place="prompt")
+        settings = read_settings(item.get("parameters") or {}, default_max_tokens=self._default_max_tokens)
+        place, tokens = ("prompt", self._encode_prompt(item)) if "prompt" in item else ("messages", self._encode_chat(item))
+        if not tokens:
+            raise InvalidInput("is empty; text generation needs at least one token", place=place)
+        if len(tokens) >= self._context_tokens:
+            raise InvalidInput(
+                f"has {len(tokens)} tokens; the context of {self._context_tokens} tokens leaves room for "
+                f"{self._context_tokens - 1} and an answer",
+                place=place,
+            )
+        return Prepared(tuple(tokens), settings)
+
+    def _encode_prompt(self, item: Item) -> list[int]:
+        prompt = item["prompt"]
+        if not isinstance(prompt, bytes | str):
+            raise InvalidInput(f"must be text, got {type(prompt).__name__}", place="prompt")
+        try:
+            text = prompt.decode() if isinstance(prompt, bytes) else prompt.encode().decode()
+        except UnicodeError as error:
+            raise InvalidInput(f"is not UTF-8 text: {error}", place="prompt") from error
+        ids: list[int] = self._tokenizer.encode(text).ids
+        return ids
+
+    def _encode_chat(self, item: Item) -> list[int]:
+        messages = read_messages(item["messages"])
+        if self._chat is None:
+            raise InvalidInput("this model has no chat template; send a prompt", place="messages")
+        return self._chat.encode(messages)
+
+    def admit(self, prepared: Prepared) -> int:
+        """Take a stream into a free slot and return its key; its prompt is read by `step`."""
+        slot = min(self._free)
+        self._free.remove(slot)
+        key = next(self._keys)
+        limit = min(prepared.settings.max_tokens, self._context_tokens - len(prepared.prompt))
+        self._streams[key] = _Stream(key, slot, prepared, IncrementalDecoder(self._tokenizer), limit)
+        return key
+
+    def release(self, key: int) -> None:
+        """Free the slot of a stream whose caller left."""
+        self._free.append(self._streams.pop(key).slot)
+
+    def step(self) -> Sequence[Step]:
+        """Compute a token of every stream whose prompt is read, and a piece of the prompts of the others."""
+        running = sorted((stream for stream in self._streams.values() if stream.tokens), key=lambda s: s.slot)
+        reading = [stream for stream in self._streams.values() if not stream.tokens]
+        steps = self._decode(running) if running else []
+        room = self._piece[1 if running else 0]
+        for stream in reading:
+            if room <= 0:
+                break
+            piece = stream.prompt[stream.read : stream.read + room]
+            logits = self._llama.prefill(piece, slot=stream.slot, start=stream.read)
+            stream.read += len(piece)
+            room -= len(piece)
+            if stream.read == len(stream.prompt):
+                steps.append(self._advance(stream, logits, int(logits.argmax())))
+        for step in steps:
+            if step.done:
+                self.release(step.key)
+        return steps
+
+    def _decode(self, streams: Sequence[_Stream]) -> list[Step]:
+        logits = self._forward(streams, exact=False)
+        likeliest = logits.argmax(-1).tolist()
+        for row, token in self._settle_near_ties(streams, logits):
+            likeliest[row] = token
+        steps = []
+        for row, stream in enumerate(streams):
+            stream.read += 1
+            steps.append(self._advance(stream, logits[row], likeliest[row]))
+        return steps
+
+    def _settle_near_ties(self, streams: Sequence[_Stream], logits: Tensor) -> Iterator[tuple[int, int]]:
+        """Yield (row, token) for greedy rows whose two best logits are too near for the weights they came from."""
+        if not self._llama.near_tie:
+            return
+        best = logits.topk(2).values
+        unsure = (best[:, 0] - best[:, 1] < self._llama.near_tie).tolist()
+        rows = [row for row, stream in enumerate(streams) if unsure[row] and stream.sampler.greedy]
+        if rows:
+            exact = self._forward([streams[row] for row in rows], exact=True)
+            yield from zip(rows, exact.argmax(-1).tolist(), strict=True)
+
+    def _forward(self, streams: Sequence[_Stream], *, exact: bool) -> Tensor:
+        return self._llama.decode(
+            [stream.tokens[-1] for stream in streams],
+            slots=[stream.slot for stream in streams],
+            starts=[stream.read for stream in streams],
+            exact=exact,
+        )
+
+    def _advance(self, stream: _Stream, logits: Tensor, likeliest: int) -> Step:
+        if stream.sampler.greedy:
+            return stream.take(likeliest, ends=likeliest in self._end)
+        try:
+            token = stream.sampler.draw(logits)
+        except RuntimeError as error:  # torch's word for probabilities that are not numbers
+            return Step(stream.key, None, done=True, error=PredictionFailed(f"no token could be drawn: {error}"))
+        return stream.take(token, ends=token in self._end)
+
+
+def read_settings(parameters: Any, *, default_max_tokens: int) -> SamplingSettings:
+    """Check a request's parameters.
+
+    Raises:
+        UnsupportedParameter: An unknown one.
+        InvalidInput: A value of the wrong type or out of its range.
+    """
+    if not isinstance(parameters, Mapping):
+        raise InvalidInput(f"must be an object, got {type(parameters).__name__}", place="parameters")
+    for name in parameters:
+        if name not in _PARAMETERS:
+            raise UnsupportedParameter(
+                f"is not supported by this model; supported: {', '.join(_PARAMETERS)}", place=f"parameters.{name}"
+            )
+
+    def number(name: str, kind: type, fits: Callable[[Any], bool], wanted: str, default: Any) -> Any:
+        value = parameters.get(name, default)
+        accepted = (int, float) if kind is float else kind
+        if value is default or (isinstance(value, accepted) and not isinstance(value, bool) and fits(value)):
+            return value
+        raise InvalidInput(f"must be {wanted}, got {value!r}", place=f"parameters.{name}")
+
+    return SamplingSettings(
+        max_tokens=number("max_tokens", int, lambda v: 1 <= v <= sys.maxsize, "an integer from 1", default_max_tokens),
+        temperature=number("temperature", float, lambda v: 0 <= v <= 2, "a number from 0 to 2", 0.0),
+        top_p=number("top_p", float, lambda v: 0 < v <= 1, "a number above 0, up to 1", 1.0),
+        seed=number("seed", int, lambda v: 0 <= v < 2**63, "an integer from 0 to 2^63 - 1", None),
+        stop=_read_stop(parameters.get("stop", [])),
+    )
+
+
+def _read_stop(stop: object) -> tuple[str, ...]:
+    if not isinstance(stop, list | tuple) or len(stop) > _MAX_STOPS:
+        raise InvalidInput(f"must be a list of at most {_MAX_STOPS} strings, got {stop!r:.80}", place="parameters.stop")
+    for index, text in enumerate(stop):
+        if not isinstance(text, str) or not 1 <= len(text) <= _MAX_STOP_CHARACTERS:
+            raise InvalidInput(
+                f"must be a string of 1 to {_MAX_STOP_CHARACTERS} characters, got {text!r:.80}",
+                place=f"parameters.stop[{index}]",
+            )
+    return tuple(stop)
+
+
+def _model_folder(context: LoadContext) -> Path:
+    """Return the folder in the Hugging Face layout, converted where the source is a GGUF file."""
+    if (context.folder / "config.json").is_file():
+        return context.folder
+    files = sorted(context.folder.glob("*.gguf"))
+    if len(files) == 1:
+        return convert_gguf(files[0], context.cache_dir, context.progress)
+    found = ", ".join(file.name for file in files) or "neither"
+    raise LoadError(f"{context.folder} must hold one GGUF file, or config.json and safetensors; found {found}")
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise LoadError(f"{folder} lacks tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise LoadError(f"tokenizer.json is not readable: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _generation_ends(folder: Path) -> frozenset[int]:
+    """Return the end-of-sequence tokens that generation_config.json adds to config.json's."""
+    path = folder / "generation_config.json"
+    ends = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])

@@ -6,7 +6,7 @@ import asyncio
 import heapq
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -14,6 +14,7 @@ from serve.errors import Cancelled, DeadlineExceeded, NotReady, Overloaded, Pred
 
 T = TypeVar("T")
 R = TypeVar("R")
+X = TypeVar("X")
 
 # How many batches' worth of the oldest entries are candidates for one batch: more makes batches of nearer costs,
 # less keeps the order of arrival.
@@ -98,14 +99,17 @@ class Pace:
     """How fast batches went lately, weighted towards the last twenty or so."""
 
     def __init__(self) -> None:
-        self._batches = self._items = self._seconds = 0.0
-        self._cost = self._cost_squared = self._cost_seconds = 0.0
+        self._items = self._seconds = 0.0
+        self._batches = self._priced_seconds = self._cost = self._cost_squared = self._cost_seconds = 0.0
 
-    def record(self, *, items: int, cost: int, seconds: float) -> None:
-        """Count one batch."""
-        self._batches = self._batches * _PACE_DECAY + 1
+    def record(self, *, items: int, seconds: float, cost: int | None) -> None:
+        """Count one batch; a cost of None, not known, counts for the rate alone."""
         self._items = self._items * _PACE_DECAY + items
         self._seconds = self._seconds * _PACE_DECAY + seconds
+        if cost is None:
+            return
+        self._batches = self._batches * _PACE_DECAY + 1
+        self._priced_seconds = self._priced_seconds * _PACE_DECAY + seconds
         self._cost = self._cost * _PACE_DECAY + cost
         self._cost_squared = self._cost_squared * _PACE_DECAY + cost * cost
         self._cost_seconds = self._cost_seconds * _PACE_DECAY + cost * seconds
@@ -124,10 +128,10 @@ class Pace:
         spread = self._batches * self._cost_squared - self._cost**2
         if self._batches < 4 or spread < 0.01 * self._cost**2:
             return None
-        slope = (self._batches * self._cost_seconds - self._cost * self._seconds) / spread
+        slope = (self._batches * self._cost_seconds - self._cost * self._priced_seconds) / spread
         if slope <= 0:
             return float("inf")
-        return max(0.0, (self._seconds - slope * self._cost) / self._batches / slope)
+        return max(0.0, (self._priced_seconds - slope * self._cost) / self._batches / slope)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,20 +183,21 @@ class _Reply(asyncio.Future[Any]):
             self.batcher._abandon(self)
 
     def answer(self, row: int, result: Any) -> None:
-        """Take one row's result or exception; the last one resolves."""
+        """Take one row's result or exception; the last result and the first exception resolve."""
         if self.done():
             return
         self.results[row] = result
         self.missing -= 1
-        if self.missing:
+        failed = isinstance(result, Exception)
+        if self.missing and not failed:
             return
-        self.entries = []
         if not self.single:
             self.set_result(self.results)
-        elif isinstance(result, Exception):
+        elif failed:
             self.set_exception(result)
         else:
             self.set_result(result)
+        self.batcher._abandon(self)
 
 
 class _Entry:
@@ -212,18 +217,19 @@ class _Entry:
 class _Part:
     """Entries that run in one call; where a call failed, a half of them."""
 
-    __slots__ = ("entries", "known_bad", "sibling")
+    __slots__ = ("entries", "known_bad", "priced", "sibling")
 
-    def __init__(self, entries: list[_Entry], sibling: _Part | None = None) -> None:
+    def __init__(self, entries: list[_Entry], *, priced: bool, sibling: _Part | None = None) -> None:
         self.entries = entries
+        self.priced = priced
         self.sibling = sibling
         self.known_bad = False
 
     def halves(self) -> tuple[_Part, _Part]:
         """Return both halves; if the first succeeds, the second is known to hold what made the whole fail."""
         middle = (len(self.entries) + 1) // 2
-        second = _Part(self.entries[middle:])
-        return _Part(self.entries[:middle], sibling=second), second
+        second = _Part(self.entries[middle:], priced=self.priced)
+        return _Part(self.entries[:middle], priced=self.priced, sibling=second), second
 
 
 class Batcher(Generic[T, R]):
@@ -277,9 +283,9 @@ class Batcher(Generic[T, R]):
         self._window: list[_Entry] = []  # the oldest of the ready, candidates for the next batch
         self._queued = 0
         self._queued_bytes = 0
-        self._queued_cost = 0
         self._dead = 0
 
+        self._in_preparation: list[_Entry] = []
         self._preparing: asyncio.Future[Sequence[int | Exception]] | None = None
         self._running: asyncio.Future[Sequence[R | Exception]] | None = None
         self._running_part: _Part | None = None
@@ -332,10 +338,11 @@ class Batcher(Generic[T, R]):
         costs: Sequence[int] | None = None,
         size_bytes: int = 0,
         deadline: float | None = None,
-    ) -> asyncio.Future[list[R | Exception]]:
+    ) -> asyncio.Future[list[R | Exception | None]]:
         """Queue the items of one request, all or none, behind one future of their results in order.
 
-        Args and errors as `submit`; `size_bytes` is of all of them, and an item that fails is an exception in the list.
+        An item that fails is an exception in the list, which then resolves at once; what nobody awaits any more is
+        not computed, and None in the list. Otherwise as `submit`; `size_bytes` is of all items together.
         """
         return self._admit(items, costs or (1,) * len(items), size_bytes, deadline, single=False)
 
@@ -358,8 +365,6 @@ class Batcher(Generic[T, R]):
             entry = _Entry(item, costs[row], reply, row, now)
             reply.entries.append(entry)
             queue.append(entry)
-            if self._prepare is None:
-                self._queued_cost += entry.cost
         self._queued += len(items)
         self._queued_bytes += size_bytes
         self._soon()
@@ -398,21 +403,16 @@ class Batcher(Generic[T, R]):
                 if entry.waiting:
                     self._dead += 1
                     entry.item = None
+            if self._dead > _COMPACT_ABOVE and self._dead > self._queued:
+                self._compact()
+            self._soon()
         reply.entries = []
-        if self._dead > _COMPACT_ABOVE and self._dead > self._queued:
-            self._compact()
-        self._soon()
 
     def _compact(self) -> None:
         self._unprepared = deque(entry for entry in self._unprepared if not entry.reply.done())
         self._ready = deque(entry for entry in self._ready if not entry.reply.done())
         self._window = [entry for entry in self._window if not entry.reply.done()]
-        self._queued_cost = sum(entry.cost for entry in self._waiting_for_model())
-        self._dead = 0
-
-    def _waiting_for_model(self) -> Iterable[_Entry]:
-        yield from self._window
-        yield from self._ready
+        self._dead = sum(entry.reply.done() for entry in self._in_preparation)
 
     def _watch(self, reply: _Reply, deadline: float, now: float) -> None:
         """Have one timer for all deadlines, set to the earliest."""
@@ -465,7 +465,7 @@ class Batcher(Generic[T, R]):
         self._dead -= len(self._unprepared) - len(entries)
         self._unprepared.clear()
         if entries:
-            self._launch(entries)
+            self._launch(entries, priced=False)
         return bool(entries)
 
     def _start_preparing(self, prepare: Callable[[Sequence[T]], Awaitable[Sequence[int | Exception]]]) -> None:
@@ -477,11 +477,12 @@ class Batcher(Generic[T, R]):
             else:
                 entries.append(entry)
         if entries:
-            self._preparing = asyncio.ensure_future(prepare([entry.item for entry in entries]))
-            self._preparing.add_done_callback(lambda done: self._prepared(entries, done))
+            self._in_preparation = entries
+            self._preparing = _begin(prepare, [entry.item for entry in entries])
+            self._preparing.add_done_callback(self._prepared)
 
-    def _prepared(self, entries: list[_Entry], done: asyncio.Future[Sequence[int | Exception]]) -> None:
-        self._preparing = None
+    def _prepared(self, done: asyncio.Future[Sequence[int | Exception]]) -> None:
+        entries, self._in_preparation, self._preparing = self._in_preparation, [], None
         outcome = _outcome(done)
         if isinstance(outcome, Exception) or not 0 < len(outcome) <= len(entries):
             error = outcome if isinstance(outcome, Exception) else _wrong_count(len(outcome), len(entries))
@@ -495,7 +496,6 @@ class Batcher(Generic[T, R]):
                 entry.reply.answer(entry.row, cost)
             else:
                 entry.cost = cost
-                self._queued_cost += cost
                 self._ready.append(entry)
         self._unprepared.extendleft(reversed(entries[len(outcome) :]))
         self._turn()
@@ -522,9 +522,7 @@ class Batcher(Generic[T, R]):
             self._window = [entry for index, entry in enumerate(self._window) if index not in taken]
         else:
             entries, self._window = self._window, []
-        for entry in entries:
-            self._queued_cost -= entry.cost
-        self._launch(entries)
+        self._launch(entries, priced=True)
 
     def _patience_ends(self) -> None:
         self._patience = None
@@ -533,25 +531,18 @@ class Batcher(Generic[T, R]):
     def _full(self) -> bool:
         if len(self._window) >= self._max_batch_size:
             return True
-        return self._max_batch_cost is not None and self._queued_cost >= self._max_batch_cost
+        return self._max_batch_cost is not None and sum(entry.cost for entry in self._window) >= self._max_batch_cost
 
     def _fill_window(self) -> None:
         live = [entry for entry in self._window if not entry.reply.done()]
-        if len(live) != len(self._window):
-            self._forget(entry for entry in self._window if entry.reply.done())
-            self._window = live
+        self._dead -= len(self._window) - len(live)
         while self._ready and len(live) < self._window_size:
             entry = self._ready.popleft()
             if entry.reply.done():
-                self._forget((entry,))
+                self._dead -= 1
             else:
                 live.append(entry)
         self._window = live
-
-    def _forget(self, entries: Iterable[_Entry]) -> None:
-        for entry in entries:
-            self._dead -= 1
-            self._queued_cost -= entry.cost
 
     def _take(self, entry: _Entry) -> None:
         """Count an entry out of the queue."""
@@ -561,13 +552,13 @@ class Batcher(Generic[T, R]):
         if not entry.reply.waiting:
             self._queued_bytes -= entry.reply.size_bytes
 
-    def _launch(self, entries: list[_Entry]) -> None:
+    def _launch(self, entries: list[_Entry], *, priced: bool) -> None:
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
         for entry in entries:
             self._take(entry)
-        self._parts = [_Part(entries)]
+        self._parts = [_Part(entries, priced=priced)]
         self._run_next_part()
 
     def _run_next_part(self) -> None:
@@ -586,7 +577,7 @@ class Batcher(Generic[T, R]):
         started = self._clock()
         self._batches += 1
         self._running_part = part
-        self._running = asyncio.ensure_future(self._run([entry.item for entry in part.entries]))
+        self._running = _begin(self._run, [entry.item for entry in part.entries])
         self._running.add_done_callback(lambda done: self._ran(part, started, done))
 
     def _ran(self, part: _Part, started: float, done: asyncio.Future[Sequence[R | Exception]]) -> None:
@@ -600,8 +591,7 @@ class Batcher(Generic[T, R]):
         elif len(outcome) != len(entries):
             self._answer(entries, [_wrong_count(len(outcome), len(entries)) for _ in entries])
         else:
-            costs = [entry.cost for entry in entries]
-            cost = len(costs) * max(costs) if self._padded else sum(costs)
+            cost = self._cost_of(entries) if part.priced and self._costly else None
             self._pace.record(items=len(entries), cost=cost, seconds=self._clock() - started)
             if part.sibling is not None:
                 part.sibling.known_bad = True
@@ -609,6 +599,10 @@ class Batcher(Generic[T, R]):
         self._run_next_part()
         if self._running is None:
             self._turn()
+
+    def _cost_of(self, entries: list[_Entry]) -> int:
+        costs = [entry.cost for entry in entries]
+        return len(costs) * max(costs) if self._padded else sum(costs)
 
     def _answer(self, entries: list[_Entry], outcome: Sequence[R | Exception]) -> None:
         self._items += len(entries)
@@ -634,7 +628,7 @@ class Batcher(Generic[T, R]):
     async def close(self) -> None:
         """Refuse new items and fail all that are not resolved with NotReady."""
         self._closing = True
-        waiting = [*self._waiting_for_model(), *self._unprepared]
+        waiting = [*self._window, *self._ready, *self._in_preparation, *self._unprepared]
         parts = [*self._parts, *([self._running_part] if self._running_part else [])]
         running = [entry for part in parts for entry in part.entries]
         for entry in (*waiting, *running):
@@ -659,12 +653,27 @@ class Batcher(Generic[T, R]):
         )
 
 
+def _begin(
+    function: Callable[[Sequence[T]], Awaitable[Sequence[X]]], items: Sequence[T]
+) -> asyncio.Future[Sequence[X]]:
+    """Call a function that may raise before there is anything to await."""
+    try:
+        return asyncio.ensure_future(function(items))
+    except Exception as error:
+        failed: asyncio.Future[Sequence[X]] = asyncio.get_running_loop().create_future()
+        failed.set_exception(error)
+        return failed
+
+
 def _outcome(done: asyncio.Future[Sequence[Any]]) -> Sequence[Any] | Exception:
     if done.cancelled():
         return Cancelled("the batch was cancelled")
     error = done.exception()
     if error is None:
-        return done.result()
+        results = done.result()
+        return (
+            results if isinstance(results, Sequence) else PredictionFailed(f"got {type(results).__name__}, not a list")
+        )
     return error if isinstance(error, Exception) else Cancelled(f"{type(error).__name__}: {error}")
 
 

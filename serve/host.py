@@ -17,6 +17,7 @@ from serve.errors import (
     NotReady,
     Overloaded,
     PayloadTooLarge,
+    PredictionFailed,
     RoundhouseError,
     SourceError,
 )
@@ -150,37 +151,52 @@ class Host:
         def progress_of(name: str) -> Callable[[str, int, int], None]:
             return lambda message, done, total: tell(loop, say, Phase(name, message, done, total))
 
+        self._thread.start()
+        self._preparer.start()
         try:
-            folder = await self._fetch(say, progress_of("downloading"))
-            say(Phase("loading"))
-            await self._thread.call(self._load_model, folder, progress_of("loading"))
-            say(Phase("warming"))
-            await self._thread.call(self._warm_up)
-            self._start()
+            await self._load(say, progress_of)
         except Exception as error:
-            wrapped = error if isinstance(error, SourceError | LoadError) else LoadError(_told(error))
-            say(Phase("failed", str(wrapped)))
-            raise wrapped from error
+            say(Phase("failed", _told(error)))
+            self._end_threads()
+            if isinstance(error, SourceError | LoadError):
+                raise
+            raise LoadError(_told(error)) from error
         say(Phase("ready"))
 
-    async def _fetch(self, say: Callable[[Phase], None], progress: Callable[[str, int, int], None]) -> Path:
-        if self._model is not None:
-            return self._base_dir
-        say(Phase("downloading", self.spec.source))
+    async def _load(
+        self, say: Callable[[Phase], None], progress_of: Callable[[str], Callable[[str, int, int], None]]
+    ) -> None:
+        if self._model is None:
+            say(Phase("downloading", self.spec.source))
+            source = await self._fetch(progress_of("downloading"))
+        else:
+            source = self._base_dir
+        say(Phase("loading"))
+        await self._thread.call(self._load_model, source, progress_of("loading"))
+        say(Phase("warming"))
+        await self._thread.call(self._warm_up, progress_of("warming"))
+        self._start()
+
+    async def _fetch(self, progress: Callable[[str, int, int], None]) -> Path:
         from serve.sources import fetch
 
         return await asyncio.to_thread(
-            lambda: fetch(self.spec, settings=self._settings, base_dir=self._base_dir, progress=progress)
+            fetch,
+            self.spec,
+            settings=self._settings,
+            base_dir=self._base_dir,
+            progress=lambda done, total: progress(self.spec.source, done, total),
         )
 
-    def _load_model(self, folder: Path, progress: Callable[[str, int, int], None]) -> None:
+    def _load_model(self, source: Path, progress: Callable[[str, int, int], None]) -> None:
         from serve.models import build
+        from serve.models.devices import decide
 
         if self._model is None:
             self._model = build(self.spec)
-        device, dtype = self._device()
+        device, dtype = decide(self.spec)
         context = LoadContext(
-            folder=folder,
+            folder=source,
             options=self.spec.task_options(),
             device=device,
             dtype=dtype,
@@ -191,28 +207,33 @@ class Host:
         )
         self._model.load(context)
 
-    def _device(self) -> tuple[str, str]:
-        from serve.models.devices import decide
-
-        return decide(self.spec)
-
-    def _warm_up(self) -> None:
+    def _warm_up(self, progress: Callable[[str, int, int], None]) -> None:
+        """Answer the example alone and in a full batch, so that no caller waits for what happens at a first time."""
         example = self._model.signature.example
         if example is None:
             return
-        if _is_stepped(self._model):
-            key = self._model.admit(self._model.prepare(example))
-            for _ in range(_WARM_STEPS):
-                if any(step.done for step in self._model.step()):
-                    return
-            self._model.release(key)
-            return
+        stepped = _is_stepped(self._model)
+        sizes = sorted({1, self._model.slots if stepped else self.spec.batching.max_batch_size})
+        for done, size in enumerate(sizes):
+            progress(f"a batch of {size}", done, len(sizes))
+            for error in (self._step_examples if stepped else self._predict_examples)(example, size):
+                raise LoadError(f"the model fails on its own example: {_told(error)}") from error
+
+    def _predict_examples(self, example: Item, size: int) -> list[Exception]:
         prepare = getattr(self._model, "prepare", None)
-        for size in sorted({1, self.spec.batching.max_batch_size}):
-            rows = [prepare(example) if prepare else example for _ in range(size)]
-            for result in self._model.predict(rows):
-                if isinstance(result, Exception):
-                    raise LoadError(f"the model fails on its own example: {_told(result)}") from result
+        results = self._predict([prepare(example) if prepare else example for _ in range(size)])
+        return [result for result in results if isinstance(result, Exception)]
+
+    def _step_examples(self, example: Item, size: int) -> list[Exception]:
+        running = {self._model.admit(self._model.prepare(example)) for _ in range(size)}
+        errors = []
+        for _ in range(_WARM_STEPS):
+            steps = self._model.step() if running else ()
+            running -= {step.key for step in steps if step.done or step.error}
+            errors += [step.error for step in steps if step.error]
+        for key in running:
+            self._model.release(key)
+        return errors
 
     def _start(self) -> None:
         batching = self.spec.batching
@@ -267,12 +288,14 @@ class Host:
         for row, result in enumerate(results):
             if isinstance(result, Exception):
                 raise _of_row(failure(result), row, len(results))
-        return results  # type: ignore[return-value]
+        return results  # type: ignore[return-value]  # None is only beside an exception
 
     async def _collect(self, items: Sequence[Item], deadline: float) -> list[Mapping[str, Any]]:
         stepper = self._streaming()
-        if len(items) > max(1, stepper.room()):
-            raise Overloaded(f"no room for {len(items)} streams", retry_after_s=stepper.retry_after_s())
+        if len(items) > stepper.room():
+            raise Overloaded(
+                f"{len(items)} rows, and {stepper.room()} more may wait", retry_after_s=stepper.retry_after_s()
+            )
         streams = [stepper.open(item, deadline=deadline, whole=True) for item in items]
         try:
             results = []
@@ -349,30 +372,39 @@ class Host:
         return costs
 
     def _prepare(self, row: _Row) -> int | Exception:
+        """Prepare one row in place and return its cost, or what it raised."""
+        cost = getattr(self._model, "cost", None)
         try:
-            row.value = self._model.prepare(row.value)
-            row.is_prepared = True
-            cost = getattr(self._model, "cost", None)
-            return int(cost(row.value)) if cost else 1
+            prepared = self._model.prepare(row.value)
+            priced = int(cost(prepared)) if cost else 1
         except Exception as error:
             return error
+        row.value, row.is_prepared = prepared, True
+        return priced
 
     def _predict_rows(self, rows: Sequence[_Row]) -> Sequence[Mapping[str, Any] | Exception]:
-        failed: dict[int, Exception] = {}
-        for index, row in enumerate(rows):
-            if not row.is_prepared:
-                cost = self._prepare(row)
-                if isinstance(cost, Exception):
-                    failed[index] = cost
+        failed = {
+            index: cost
+            for index, row in enumerate(rows)
+            if not row.is_prepared and isinstance(cost := self._prepare(row), Exception)
+        }
         if not failed:
             return self._predict([row.value for row in rows])
         good = [row.value for index, row in enumerate(rows) if index not in failed]
         results = iter(self._predict(good) if good else ())
-        return [failed[index] if index in failed else next(results) for index in range(len(rows))]
+        missing = PredictionFailed("predict returned fewer results than it got items")
+        return [failed[index] if index in failed else next(results, missing) for index in range(len(rows))]
 
     def _predict(self, batch: Sequence[Any]) -> Sequence[Mapping[str, Any] | Exception]:
-        results: Sequence[Mapping[str, Any] | Exception] = self._model.predict(batch)
-        return results
+        results = self._model.predict(batch)
+        if not isinstance(results, Sequence):
+            raise TypeError(f"predict returned {type(results).__name__}, not a list with a result for each item")
+        return [
+            result
+            if isinstance(result, Mapping | Exception)
+            else TypeError(f"predict returned {type(result).__name__} for an item, not its outputs by name")
+            for result in results
+        ]
 
     # Ending
 
@@ -410,6 +442,9 @@ class Host:
         close = getattr(self._model, "close", None)
         if close is not None:
             self._thread.call(close)
+        self._end_threads()
+
+    def _end_threads(self) -> None:
         self._thread.close()
         self._preparer.close()
 

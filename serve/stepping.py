@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import threading
@@ -36,14 +37,21 @@ class WorkThread:
 
     def __init__(self, name: str) -> None:
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        threading.Thread(target=self._work, name=name, daemon=True).start()
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Begin with what has been posted."""
+        self._thread.start()
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            job()
+            try:
+                job()
+            except Exception:
+                logger.exception("a job of thread %s raised", self._thread.name)
 
     def post(self, job: Callable[[], None]) -> None:
-        """Run `job`, which must not raise, after what was posted before it."""
+        """Run `job` after what was posted before it; what it raises is only logged."""
         self._jobs.put(job)
 
     def call(self, function: Callable[..., X], *args: Any) -> asyncio.Future[X]:
@@ -84,7 +92,9 @@ def _answer(future: asyncio.Future[X], result: X) -> None:
 
 def _fail(future: asyncio.Future[Any], error: BaseException) -> None:
     if not future.done():
-        future.set_exception(error)
+        # A future does not take StopIteration, and SystemExit would end the event loop.
+        takes = isinstance(error, Exception) and not isinstance(error, StopIteration)
+        future.set_exception(error if takes else RuntimeError(f"{type(error).__name__}: {error}"))
 
 
 class Generators:
@@ -135,6 +145,7 @@ class Stream:
         self.key: int | None = None
         self.waiting = True
         self.left = False
+        self.admitted_at = 0.0
         self.sent = 0
         self.read = 0
         self.timer: asyncio.TimerHandle | None = None
@@ -255,6 +266,7 @@ class Stepper:
 
         self._lock = threading.Lock()
         self._turn_is_due = False
+        self._news = False  # something changed since the turn began
         self._arrivals: deque[Stream] = deque()
         self._leavers: deque[Stream] = deque()
         self._active: dict[int, Stream] = {}  # the model's thread only
@@ -321,6 +333,8 @@ class Stepper:
             if stream.waiting:
                 stream.waiting = False
                 self._queued -= 1
+                with contextlib.suppress(ValueError):  # its item may be at the preparer still
+                    self._arrivals.remove(stream)
             else:
                 self._leavers.append(stream)
         self._kick()
@@ -345,6 +359,8 @@ class Stepper:
             if done:
                 stream.end(error)
                 self._forget(stream)
+                if stream.admitted_at:
+                    self._stream_s += 0.1 * (self._clock() - stream.admitted_at - self._stream_s)
 
     async def drain(self) -> None:
         """Refuse new streams and return when all have ended."""
@@ -388,12 +404,15 @@ class Stepper:
 
     def _kick(self) -> None:
         with self._lock:
+            self._news = True
             if self._turn_is_due:
                 return
             self._turn_is_due = True
         self._thread.post(self._turn)
 
     def _turn(self) -> None:
+        with self._lock:
+            self._news = False
         self._release_leavers()
         self._admit_arrivals()
         runnable = self._hold_slow_readers()
@@ -402,8 +421,7 @@ class Stepper:
             if delivery:
                 tell(self._loop, self._deliver, delivery)
         with self._lock:
-            self._turn_is_due = bool(self._leavers or runnable or (self._arrivals and self._has_room()))
-            again = self._turn_is_due
+            self._turn_is_due = again = self._news or runnable or bool(self._arrivals and self._has_room())
         if again:
             self._thread.post(self._turn)
 
@@ -413,7 +431,9 @@ class Stepper:
     def _release_leavers(self) -> None:
         while self._leavers:
             stream = self._leavers.popleft()
-            if stream.key is not None and self._active.pop(stream.key, None) is not None:
+            # A key may be in use again already, by another stream.
+            if stream.key is not None and self._active.get(stream.key) is stream:
+                del self._active[stream.key]
                 self._release(stream.key)
 
     def _release(self, key: int) -> None:
@@ -435,6 +455,7 @@ class Stepper:
             except Exception as error:
                 tell(self._loop, self._deliver, [(stream, None, True, failure(error))])
             else:
+                stream.admitted_at = self._clock()
                 self._active[stream.key] = stream
 
     def _hold_slow_readers(self) -> bool:
@@ -449,27 +470,25 @@ class Stepper:
     def _step(self) -> list[_Delivery]:
         self._steps += 1
         try:
-            steps = self._model.step()
+            return [delivery for step in self._model.step() if (delivery := self._delivery(step))]
         except Exception as error:
             return self._fail_all(failure(error))
-        delivery: list[_Delivery] = []
-        for step in steps:
-            stream = self._active.get(step.key)
-            if stream is None:
-                continue
-            done = step.done or step.error is not None
-            if done:
-                del self._active[step.key]
-                self._ended += 1
-            if step.output is not None:
-                stream.sent += 1
-            if done or step.output is not None:
-                delivery.append((stream, step.output, done, failure(step.error) if step.error else None))
-        return delivery
+
+    def _delivery(self, step: Step) -> _Delivery | None:
+        stream = self._active.get(step.key)
+        done = step.done or step.error is not None
+        if stream is None or not (done or step.output):
+            return None
+        if done:
+            del self._active[step.key]
+            self._ended += 1
+        if step.output is not None:
+            stream.sent += 1
+        return stream, step.output, done, failure(step.error) if step.error else None
 
     def _fail_all(self, error: Exception) -> list[_Delivery]:
         failed = dict(self._active)
         self._active.clear()
         for key in failed:
             self._release(key)
-        return [(stream, None, True, error) for stream in failed.values()]
+        return [(stream, None, True, PredictionFailed(str(error))) for stream in failed.values()]

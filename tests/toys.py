@@ -114,6 +114,7 @@ class Words:
     def __init__(self, slots: int = 2) -> None:
         self.slots = slots
         self.active: dict[int, list[int]] = {}
+        self.prepared: list[str] = []
         self.admitted: list[str] = []
         self.released: list[int] = []
         self.most = 0
@@ -127,6 +128,7 @@ class Words:
         text = bytes(item["prompt"]).decode()
         if not text.isdigit() and text != "bad":
             raise InvalidInput("is no number", place="prompt")
+        self.prepared.append(text)
         return text
 
     def admit(self, prepared: str) -> int:

@@ -1,0 +1,303 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+
+from serve.errors import Cancelled, DeadlineExceeded, InvalidInput, NotReady, Overloaded, PredictionFailed
+from serve.stepping import Generators, Stepper, Stream, WorkThread
+from tests.toys import Countdown, Words
+
+
+class Reins:
+    """Lets a model's steps happen one by one: each waits until `allow` was called for it."""
+
+    def __init__(self, words: Words) -> None:
+        self._allowed = threading.Semaphore(0)
+        self._free = False
+        words.on_step = self._wait
+
+    def _wait(self) -> None:
+        if not self._free:
+            assert self._allowed.acquire(timeout=10)
+
+    def allow(self, steps: int = 1) -> None:
+        self._allowed.release(steps)
+
+    def let_go(self) -> None:
+        self._free = True
+        self._allowed.release(1000)
+
+
+@contextlib.asynccontextmanager
+async def stepper_of(model: Any, **options: Any) -> AsyncIterator[Stepper]:
+    thread, preparer = WorkThread("model"), WorkThread("prepare")
+    thread.start()
+    preparer.start()
+    try:
+        yield Stepper(model, thread=thread, preparer=preparer, prepare=getattr(model, "prepare", None), **options)
+    finally:
+        thread.close()
+        preparer.close()
+
+
+async def texts(stream: Stream) -> list[str]:
+    return [part["text"] async for part in stream]
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def prompt(words: int | str) -> dict[str, bytes]:
+    return {"prompt": str(words).encode()}
+
+
+async def test_streams_share_steps_and_late_ones_are_admitted_as_slots_fall_free() -> None:
+    model = Words(slots=2)
+    reins = Reins(model)
+    async with stepper_of(model) as stepper:
+        streams = [stepper.open(prompt(count)) for count in (3, 5, 2, 4)]
+        await until(lambda: len(model.prepared) == 4)
+        reins.let_go()
+        assert await asyncio.gather(*map(texts, streams)) == [
+            [f"w{index} " for index in range(count)] for count in (3, 5, 2, 4)
+        ]
+        assert model.admitted == ["3", "5", "2", "4"], "the oldest first"
+        assert model.most == 2
+        stats = stepper.stats()
+        assert stats.steps <= 11, "fourteen words: five steps of two, four of the last alone, up to two before company"
+        assert (stats.queued, stats.running, stats.ended) == (0, 0, 4)
+
+
+async def test_first_part_is_there_before_the_last_is_computed() -> None:
+    model = Words()
+    reins = Reins(model)
+    async with stepper_of(model) as stepper:
+        stream = stepper.open(prompt(3))
+        reins.allow(1)
+        assert (await anext(stream))["text"] == "w0 "
+        assert model.active
+        reins.let_go()
+        assert await texts(stream) == ["w1 ", "w2 "]
+
+
+async def test_cancelled_stream_frees_its_slot_within_one_step() -> None:
+    model = Words(slots=1)
+    reins = Reins(model)
+    async with stepper_of(model) as stepper:
+        stream, waiting = stepper.open(prompt(1000)), stepper.open(prompt(2))
+        reader = asyncio.create_task(texts(stream))
+        reins.allow(1)
+        await until(lambda: stream.read == 1)
+        reader.cancel()
+        await asyncio.wait([reader])
+        stream.close()
+        reins.allow(1)  # the step that ran as it was cancelled
+        reins.allow(1)
+        assert (await anext(waiting))["text"] == "w0 "
+        assert model.released == [1]
+        reins.let_go()
+        assert await texts(waiting) == ["w1 "]
+    assert stepper.stats().running == 0
+
+
+async def test_stream_that_leaves_before_its_turn_is_never_admitted() -> None:
+    model = Words(slots=1)
+    reins = Reins(model)
+    async with stepper_of(model, max_queue=2) as stepper:
+        running = stepper.open(prompt(2))
+        await until(lambda: stepper.stats().running == 1)
+        for _ in range(100):
+            stepper.open(prompt(3)).close()
+        assert stepper.stats().queued == 0
+        reins.let_go()
+        await texts(running)
+        assert model.admitted == ["2"]
+
+
+async def test_queue_of_streams_is_bounded() -> None:
+    model = Words(slots=1)
+    reins = Reins(model)
+    async with stepper_of(model, max_queue=2) as stepper:
+        streams = [stepper.open(prompt(1))]
+        await until(lambda: stepper.stats().running == 1)
+        streams += [stepper.open(prompt(1)) for _ in range(2)]
+        assert stepper.room() == 0
+        with pytest.raises(Overloaded) as refused:
+            stepper.open(prompt(1))
+        assert refused.value.retry_after_s > 0
+        reins.let_go()
+        await asyncio.gather(*map(texts, streams))
+
+
+async def test_deadline_ends_a_stream_with_what_it_has_and_frees_its_slot() -> None:
+    model = Words(slots=1)
+    reins = Reins(model)
+    clock = 0.0
+    async with stepper_of(model, clock=lambda: clock) as stepper:
+        running = stepper.open(prompt(1000), deadline=0.05)
+        waiting = stepper.open(prompt(1), deadline=0.05)
+        reins.allow(1)
+        assert (await anext(running))["text"] == "w0 "
+        with pytest.raises(DeadlineExceeded):
+            await anext(running)
+        with pytest.raises(DeadlineExceeded):
+            await anext(waiting)
+        reins.let_go()
+        assert await texts(stepper.open(prompt(1))) == ["w0 "]
+        assert model.admitted == ["1000", "1"]
+        assert model.released == [1]
+
+
+async def test_failing_admission_and_preparation_fail_their_stream_only() -> None:
+    model = Words()
+    async with stepper_of(model) as stepper:
+        bad, wrong, good = stepper.open(prompt("bad")), stepper.open(prompt("x")), stepper.open(prompt(2))
+        with pytest.raises(PredictionFailed, match="ValueError: bad prompt"):
+            await anext(bad)
+        with pytest.raises(InvalidInput, match="is no number"):
+            await anext(wrong)
+        assert await texts(good) == ["w0 ", "w1 "]
+        assert stepper.stats().queued == 0
+
+
+async def test_failing_step_fails_its_streams_and_the_next_are_served() -> None:
+    model = Words(slots=2)
+
+    def break_down() -> None:
+        model.on_step = lambda: None
+        raise RuntimeError("out of memory")
+
+    async with stepper_of(model) as stepper:
+        first = stepper.open(prompt(3))
+        assert await anext(first)
+        model.on_step = break_down
+        streams = [first, stepper.open(prompt(500))]
+        results = await asyncio.gather(*map(texts, streams), return_exceptions=True)
+        assert any(isinstance(result, PredictionFailed) for result in results)
+        assert await texts(stepper.open(prompt(2))) == ["w0 ", "w1 "]
+        assert not model.active
+
+
+async def test_step_that_returns_nonsense_fails_its_streams() -> None:
+    model = Words()
+    async with stepper_of(model) as stepper:
+        model.step = lambda: None  # type: ignore[assignment, return-value, method-assign]
+        with pytest.raises(PredictionFailed, match="TypeError"):
+            await texts(stepper.open(prompt(2)))
+
+
+async def test_whole_answer_wakes_its_reader_once() -> None:
+    async with stepper_of(Words()) as stepper:
+        parts = await stepper.open(prompt(4), whole=True).all_parts()
+        assert [part["token_ids"] for part in parts] == [[0], [1], [2], [3]]
+        assert parts[-1]["finish_reason"] == "stop"
+
+
+async def test_reader_that_falls_behind_loses_its_stream_and_not_the_memory() -> None:
+    model = Words(slots=1)
+    async with stepper_of(model, max_behind=10) as stepper:
+        stream = stepper.open(prompt(100_000))
+        await until(lambda: stream.ended)
+        got = []
+        with pytest.raises(Cancelled, match="behind"):
+            async for part in stream:
+                got.append(part)
+        assert 10 < len(got) < 1000
+        assert await texts(stepper.open(prompt(1))) == ["w0 "], "its slot is free"
+
+
+class Endless:
+    """Counts for ever, and says how far it got and whether it was closed."""
+
+    def __init__(self) -> None:
+        self.reached = 0
+        self.closed = 0
+
+    def stream(self, _: Any) -> Iterator[dict[str, Any]]:
+        try:
+            while True:
+                self.reached += 1
+                yield {"text": str(self.reached)}
+        finally:
+            self.closed += 1
+
+
+async def test_generator_waits_for_its_reader_and_is_closed_when_that_leaves() -> None:
+    model = Endless()
+    async with stepper_of(Generators(model.stream, 2), max_behind=5) as stepper:
+        stream = stepper.open({})
+        await until(lambda: model.reached == 5)
+        for number in range(1, 101):
+            assert (await anext(stream))["text"] == str(number)
+        await until(lambda: model.reached == 105)
+        stream.close()
+        await until(lambda: model.closed == 1)
+        assert model.reached == 105
+
+
+async def test_generators_advance_together_up_to_the_batch_size() -> None:
+    async with stepper_of(Generators(Countdown().stream, 2)) as stepper:
+        streams = [stepper.open({"x": count}) for count in (3, -1, 2, 4)]
+
+        async def numbers(stream: Stream) -> list[int]:
+            return [part["y"] async for part in stream]
+
+        results = await asyncio.gather(*map(numbers, streams), return_exceptions=True)
+        assert [results[0], *results[2:]] == [[3, 2, 1], [2, 1], [4, 3, 2, 1]]
+        assert isinstance(results[1], PredictionFailed)
+
+
+async def test_drain_waits_for_streams_and_close_ends_them() -> None:
+    model = Words(slots=1)
+    reins = Reins(model)
+    async with stepper_of(model) as stepper:
+        stream = stepper.open(prompt(2))
+        draining = asyncio.create_task(stepper.drain())
+        await asyncio.sleep(0)
+        with pytest.raises(NotReady):
+            stepper.open(prompt(1))
+        assert not draining.done()
+        reins.let_go()
+        assert await texts(stream) == ["w0 ", "w1 "]
+        await draining
+    model = Words(slots=1)
+    reins = Reins(model)
+    async with stepper_of(model) as stepper:
+        streams = [stepper.open(prompt(20)), stepper.open(prompt(20))]
+        await until(lambda: stepper.stats().running == 1)
+        await stepper.close()
+        for stream in streams:
+            with pytest.raises(NotReady):
+                await anext(stream)
+        reins.let_go()
+        await until(lambda: model.released == [1])
+        assert model.admitted == ["20"]
+
+
+async def test_work_thread_answers_raises_and_skips_what_was_cancelled() -> None:
+    thread = WorkThread("work")
+    held = threading.Event()
+    ran: list[str] = []
+    holding = thread.call(held.wait, 10)
+    skipped = thread.call(ran.append, "skipped")
+    skipped.cancel()
+    thread.start()
+    held.set()
+    assert await holding
+    assert await thread.call(max, 2, 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        await thread.call(lambda: 1 / 0)
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        await thread.call(lambda: next(iter(())))
+    thread.post(lambda: ran.append(str(1 / 0)))
+    assert await thread.call(lambda: "alive") == "alive"
+    assert ran == []
+    thread.close()

@@ -1,1 +1,1 @@
-"""HTTP: the Open Inference Protocol, the OpenAI surface and the documents; the only home of FastAPI and of status codes."""
+"""HTTP: the Open Inference Protocol, OpenAI's surface and the documents; the only home of FastAPI and status codes."""

@@ -38,6 +38,7 @@ class Endpoint:
         return cls(answer, shape)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer (ASGI)."""
         headers: dict[bytes, bytes] = dict(scope["headers"])
         started = False
 
@@ -70,6 +71,7 @@ class Application(FastAPI):
         self.add_exception_handler(HTTPException, _refuse)  # type: ignore[arg-type]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a hot route at once, and leave everything else to FastAPI (ASGI)."""
         if scope["type"] != "http":
             await super().__call__(scope, receive, send)
             return

@@ -13,14 +13,14 @@ import orjson
 from serve.api.wire import Receive
 from serve.errors import Cancelled, InvalidInput, PayloadTooLarge, UnsupportedMedia
 
-# `curl -d` says form-urlencoded and tritonclient says nothing at all: both send JSON.
+# `curl -d` says form-urlencoded and tritonclient says nothing: both send JSON.
 _READABLE_TYPES = frozenset(
     (b"", b"application/json", b"application/octet-stream", b"application/x-www-form-urlencoded", b"text/plain", b"*/*")
 )
 _WINDOW_BITS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 _INLINE_BYTES = 256 * 1024
 _DEEPEST = 32
-# A quote that ends a key stands before a colon; inside a string it would follow a backslash, which only counts too much.
+# A quote that ends a key stands before a colon. In a string it follows a backslash, and only counts too much.
 _KEY = re.compile(rb'"[ \t\r\n]*:')
 
 
@@ -148,8 +148,8 @@ def parse_object(raw: bytes | memoryview) -> dict[str, Any]:
     """Parse a JSON object strictly.
 
     Raises:
-        InvalidInput: It is empty, no JSON (NaN and Infinity are none), no UTF-8, nested too deeply, no object, or a key of
-            it stands twice.
+        InvalidInput: It is empty, no JSON (NaN and Infinity are none), no UTF-8, nested too deeply, no object, or a key
+            stands twice.
     """
     if not raw:
         raise InvalidInput("is empty; a JSON object belongs here", place="body")

@@ -23,6 +23,7 @@ class ModelStatus:
         retry_after_s: Seconds after which asking again makes sense while it is not ready.
         ready_replicas: Replicas that answer.
         target_replicas: Replicas that there should be.
+        max_request_bytes: Bytes that a body may have.
         request: A body that `POST /v2/models/<name>/infer` answers, where one is known; the documents show it.
     """
 
@@ -34,6 +35,7 @@ class ModelStatus:
     retry_after_s: float = 2.0
     ready_replicas: int = 0
     target_replicas: int = 1
+    max_request_bytes: int = 32 * 2**20
     request: Mapping[str, Any] | None = None
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,7 +57,7 @@ def model_document(protocol: OpenInference) -> Document:
     }
     for endpoint, task in ENDPOINTS.items():
         if task == spec.task:
-            paths[f"/v1/{endpoint}"] = {"post": _openai_operation(endpoint, spec)}
+            paths[f"/v1/{endpoint}"] = {"post": _openai_operation(endpoint, spec.name)}
     return {
         "openapi": "3.1.0",
         "info": {"title": spec.name, "version": protocol.version, "description": _about(spec, signature)},
@@ -143,18 +144,21 @@ def openai_example(endpoint: str, model: str) -> Document:
     return {"model": model, "file": "speech.wav", "response_format": "json"}
 
 
-def _openai_operation(endpoint: str, spec: ModelSpec) -> Document:
-    example = openai_example(endpoint, spec.name)
+def _openai_operation(endpoint: str, model: str) -> Document:
+    example = openai_example(endpoint, model)
     kind = "application/json"
     properties: Document = {name: {} for name in example}
     if endpoint == "audio/transcriptions":
         kind = "multipart/form-data"
         properties["file"] = {"type": "string", "contentMediaType": "application/octet-stream"}
-    schema = {"type": "object", "required": [k for k in example if k in ("model", "input", "messages", "prompt", "file")]}
+    schema = {
+        "type": "object",
+        "required": [k for k in example if k in ("model", "input", "messages", "prompt", "file")],
+    }
     error = {"error": {"message": "...", "type": "invalid_request_error", "param": "input", "code": "invalid_value"}}
     return {
         "summary": _SUMMARIES[endpoint],
-        "description": f"As OpenAI's clients ask it, with base_url `/v2/models/{spec.name}/v1` or, at the gateway, `/v1`.",
+        "description": f"As OpenAI's clients ask it, with base_url `/v2/models/{model}/v1` or, at the gateway, `/v1`.",
         "operationId": endpoint.replace("/", "_"),
         "parameters": [_DEADLINE],
         "requestBody": {
@@ -183,7 +187,7 @@ def gateway_document(models: Sequence[ModelStatus]) -> Document:
     """Return the OpenAPI 3.1 document of the gateway."""
     index = [{"name": status.name, "version": "1", "state": "READY", "reason": ""} for status in models]
     paths: Document = {
-        "/v2": {"get": _read_operation("The server", {"name": "roundhouse", "version": "0.1.0", "extensions": []})},
+        "/v2": {"get": _read_operation("The server", {"name": "roundhouse", "version": "...", "extensions": []})},
         "/v2/health/live": {"get": _read_operation("Whether the server runs", {"live": True, "ready": True})},
         "/v2/health/ready": {"get": _read_operation("Whether every model answers", {"live": True, "ready": True})},
         "/v2/repository/index": {"post": _read_operation("Every declared model and its state", {"models": index})},
@@ -192,8 +196,7 @@ def gateway_document(models: Sequence[ModelStatus]) -> Document:
     for endpoint, task in ENDPOINTS.items():
         names = [status.name for status in models if status.task == task]
         if names:
-            spec = ModelSpec.model_construct(name=names[0])
-            operation = _openai_operation(endpoint, spec)
+            operation = _openai_operation(endpoint, names[0])
             operation["description"] = f"`model` names one of: {', '.join(names)}."
             paths[f"/v1/{endpoint}"] = {"post": operation}
     return {
@@ -204,7 +207,7 @@ def gateway_document(models: Sequence[ModelStatus]) -> Document:
     }
 
 
-_INPUTS = {"image-classification": ("image", "picture.jpg"), "voice-activity": ("audio", "speech.wav")}
+_FILES = {"image-classification": ("image", "picture.jpg"), "voice-activity": ("audio", "speech.wav")}
 
 
 def curl(name: str, task: str, base_url: str, *, request: str | None = None) -> str:
@@ -214,22 +217,24 @@ def curl(name: str, task: str, base_url: str, *, request: str | None = None) -> 
         request: A JSON body of `infer` to send instead, where one is known.
     """
     url = f"{base_url}/v2/models/{name}"
-    if task == "text-embedding":
-        body = '{"model": "%s", "input": "The locomotive turns."}' % name
-        return f"curl {base_url}/v1/embeddings -d '{body}'"
-    if task == "text-generation":
-        body = '{"model": "%s", "messages": [{"role": "user", "content": "What is a roundhouse?"}], "max_tokens": 60}' % name
-        return f"curl {base_url}/v1/chat/completions -d '{body}'"
-    if task == "speech-to-text":
-        return f"curl {base_url}/v1/audio/transcriptions -F model={name} -F file=@speech.wav"
+    endpoint = next((endpoint for endpoint, of in ENDPOINTS.items() if of == task), None)
+    if endpoint == "audio/transcriptions":
+        return f"curl {base_url}/v1/{endpoint} -F model={name} -F file=@speech.wav"
+    if endpoint is not None:
+        return f"curl {base_url}/v1/{endpoint} -d '{json.dumps(openai_example(endpoint, name))}'"
+    if task in _FILES:
+        tensor, file = _FILES[task]
+        before, after = json.dumps(_one_tensor(tensor, "BYTES", [1], ["|"])).split("|")
+        return (
+            f"(printf '{before}'; base64 < {file} | tr -d '\\n'; printf '{after}') | curl {url}/infer --data-binary @-"
+        )
     if task == "forecast":
-        tensor = '{"name": "series", "datatype": "FP32", "shape": [1, 8], "data": [1, 2, 3, 2, 1, 2, 3, 2]}'
-        return f"""curl {url}/infer -d '{{"inputs": [{tensor}]}}'"""
-    if task in _INPUTS:
-        tensor_name, file = _INPUTS[task]
-        head = '{"inputs": [{"name": "%s", "datatype": "BYTES", "shape": [1], "data": ["' % tensor_name
-        return f"(printf '{head}'; base64 < {file} | tr -d '\\n'; printf '\"]}}]}}') | curl {url}/infer --data-binary @-"
+        request = json.dumps(_one_tensor("series", "FP32", [1, 8], [1, 2, 3, 2, 1, 2, 3, 2]))
     return f"curl {url}/infer -d '{request}'" if request else f"curl {url}"
+
+
+def _one_tensor(name: str, datatype: str, shape: list[int], data: list[Any]) -> Document:
+    return {"inputs": [{"name": name, "datatype": datatype, "shape": shape, "data": data}]}
 
 
 def shortened(value: Any) -> Any:

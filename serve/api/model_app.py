@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -85,26 +85,35 @@ class ModelRoutes:
     def _routes(self) -> list[BaseRoute]:
         protocol = self._protocol
         model = openai_surface.model_object(self._spec.name)
-        told: dict[str, Any] = {"/": protocol.metadata, "/ready": self.ready, "/config": protocol.config, "/stats": self.stats}
+        told: dict[str, Any] = {
+            "/": protocol.metadata,
+            "/ready": self.ready,
+            "/config": protocol.config,
+            "/stats": self.stats,
+        }
         routes: list[BaseRoute] = []
         for path, make in told.items():
-            routes.append(Route(path, Endpoint.telling(lambda _, make=make: make(), open_inference_shape), methods=["GET"]))
-            versioned = Endpoint.telling(lambda found, make=make: self._versioned(found) or make(), open_inference_shape)
-            routes.append(Route("/versions/{version}" + path.rstrip("/"), versioned, methods=["GET"]))
-        other = Endpoint.telling(self._versioned, open_inference_shape)
+            routes.append(Route(path, self._telling(make), methods=["GET"]))
+            routes.append(Route("/versions/{version}" + path.rstrip("/"), self._telling(make), methods=["GET"]))
+        other_version = self._telling(dict)
         listed = Endpoint.telling(lambda _: {"object": "list", "data": [model]}, openai_shape)
         page = model_page(self._document)
         return [
             *routes,
-            Route("/versions/{version}/infer", other, methods=["POST"]),
+            Route("/versions/{version}/infer", other_version, methods=["POST"]),
             Route("/v1/models", listed, methods=["GET"]),
             Route("/v1/models/{model:path}", Endpoint.telling(self._one_model, openai_shape), methods=["GET"]),
             Route("/openapi.json", Endpoint.telling(lambda _: self._document, open_inference_shape), methods=["GET"]),
             Route("/docs", Endpoint.telling(lambda _: page, open_inference_shape), methods=["GET"]),
         ]
 
-    def _versioned(self, found: dict[str, str]) -> None:
-        self._protocol.check_version(found["version"])
+    def _telling(self, make: Callable[[], Any]) -> Endpoint:
+        def checked(found: dict[str, str]) -> Any:
+            if "version" in found:
+                self._protocol.check_version(found["version"])
+            return make()
+
+        return Endpoint.telling(checked, open_inference_shape)
 
     def _one_model(self, found: dict[str, str]) -> dict[str, Any]:
         if found["model"] != self._spec.name:
@@ -126,14 +135,23 @@ class ModelRoutes:
         """Return the statistics in Triton's words (statistics extension); what is not measured here is zero."""
         stats = self._host.stats()
         none = {"count": 0, "ns": 0}
-        parts = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output", "cache_hit", "cache_miss")
+        parts = (
+            "success",
+            "fail",
+            "queue",
+            "compute_input",
+            "compute_infer",
+            "compute_output",
+            "cache_hit",
+            "cache_miss",
+        )
         entry = {
             "name": self._spec.name,
             "version": self._protocol.version,
             "last_inference": 0,
             "inference_count": stats.items,
             "execution_count": stats.batches,
-            "inference_stats": {part: none for part in parts} | {"success": {"count": stats.items, "ns": 0}},
+            "inference_stats": dict.fromkeys(parts, none) | {"success": {"count": stats.items, "ns": 0}},
             "batch_stats": [],
             "response_stats": {},
             "memory_usage": [],
@@ -234,7 +252,7 @@ class ModelRoutes:
         send: Send,
         wait_s: float | None,
     ) -> None:
-        """Send the choices as server-sent events; an error before the first part has its own status, a later one its event."""
+        """Send the choices as server-sent events; an error before the first part has its status, later an event."""
         last: dict[int, Result] = {}
         started = False
         try:

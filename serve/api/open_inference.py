@@ -139,7 +139,7 @@ class OpenInference:
         if type(inputs) is not list or not inputs:
             what = "is empty" if type(inputs) is list else f"must be a list, not {json_type(inputs)}"
             raise InvalidInput(f"{what}; the model takes {', '.join(self._inputs)}", place="inputs")
-        columns: dict[str, Sequence[Any]] = {}
+        columns: dict[str, tensors.Rows] = {}
         offset = 0
         for index, tensor in enumerate(inputs):
             place = f"inputs[{index}]"
@@ -153,7 +153,9 @@ class OpenInference:
             size = None if sent is None else _binary_size(sent, place, len(binary) - offset)
             if size is None:
                 if "data" not in tensor:
-                    raise InvalidInput("is missing (neither data nor parameters.binary_data_size)", place=f"{place}.data")
+                    raise InvalidInput(
+                        "is missing (neither data nor parameters.binary_data_size)", place=f"{place}.data"
+                    )
                 columns[spec.name] = tensors.read_json(tensor["data"], shape, spec, place, booleans=booleans)
             elif "data" in tensor:
                 raise InvalidInput("stands beside parameters.binary_data_size; send one of them", place=f"{place}.data")
@@ -169,23 +171,29 @@ class OpenInference:
             raise InvalidInput(f"must be an object, not {json_type(tensor)}", place=place)
         if not tensor.keys() <= _INPUT_KEYS:
             unknown = next(key for key in tensor if key not in _INPUT_KEYS)
-            raise InvalidInput(f"is not a key of a tensor{near(unknown, list(_INPUT_KEYS))}", place=f"{place}.{unknown[:80]}")
+            raise InvalidInput(
+                f"is not a key of a tensor{near(unknown, list(_INPUT_KEYS))}", place=f"{place}.{unknown[:80]}"
+            )
         if not tensor.keys() >= _NEEDED_KEYS:
             missing = next(key for key in ("name", "shape", "datatype") if key not in tensor)
             raise InvalidInput("is missing", place=f"{place}.{missing}")
         name = tensor["name"]
         spec = self._inputs.get(name) if type(name) is str else None
         if spec is None:
-            raise InvalidInput(f"{name!r:.80} is no input of the model{near(name, list(self._inputs))}", place=f"{place}.name")
+            raise InvalidInput(
+                f"{name!r:.80} is no input of the model{near(name, list(self._inputs))}", place=f"{place}.name"
+            )
         if tensor["datatype"] != spec.datatype:
-            raise InvalidInput(f"is {tensor['datatype']!r:.40}, and {name!r} takes {spec.datatype}", place=f"{place}.datatype")
+            raise InvalidInput(
+                f"is {tensor['datatype']!r:.40}, and {name!r} takes {spec.datatype}", place=f"{place}.datatype"
+            )
         return spec
 
     def _check_count(self, count: int, place: str) -> None:
         if count > self.spec.limits.max_items:
             raise PayloadTooLarge(f"{count} items, and a request may have {self.spec.limits.max_items}", place=place)
 
-    def _rows(self, columns: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    def _rows(self, columns: dict[str, tensors.Rows]) -> list[dict[str, Any]]:
         for name in self._required:
             if name not in columns:
                 raise InvalidInput(f"the input {name!r} is missing", place="inputs")
@@ -210,11 +218,15 @@ class OpenInference:
                 raise InvalidInput(f"must be an object, not {json_type(output)}", place=place)
             for key in output:
                 if key not in _OUTPUT_KEYS:
-                    raise InvalidInput(f"is not a key of an output{near(key, list(_OUTPUT_KEYS))}", place=f"{place}.{key[:80]}")
+                    raise InvalidInput(
+                        f"is not a key of an output{near(key, list(_OUTPUT_KEYS))}", place=f"{place}.{key[:80]}"
+                    )
             name = output.get("name")
             spec = self._outputs.get(name) if type(name) is str else None
             if spec is None:
-                raise InvalidInput(f"{name!r:.80} is no output of the model{near(name, list(self._outputs))}", place=f"{place}.name")
+                raise InvalidInput(
+                    f"{name!r:.80} is no output of the model{near(name, list(self._outputs))}", place=f"{place}.name"
+                )
             if spec.name in chosen:
                 raise InvalidInput(f"{spec.name!r} stands twice", place=f"{place}.name")
             chosen[spec.name] = (spec, _output_binary(output.get("parameters"), place, binary_output))
@@ -259,7 +271,9 @@ class OpenInference:
             InvalidInput: It is another one.
         """
         if version != self.version:
-            raise InvalidInput(f"is {version!r:.60}, and {self.spec.name!r} has the version {self.version!r}", place="version")
+            raise InvalidInput(
+                f"is {version!r:.60}, and {self.spec.name!r} has the version {self.version!r}", place="version"
+            )
 
     def metadata(self) -> dict[str, Any]:
         """Return the model metadata (Open Inference Protocol v2, "Model Metadata")."""
@@ -307,7 +321,9 @@ def _boolean(value: object, place: str) -> bool:
 def _parameter(value: object, place: str) -> object:
     if type(value) in (str, int, float, bool) or (type(value) is list and all(type(part) is str for part in value)):
         return value
-    raise InvalidInput(f"must be a string, a number, a boolean or a list of strings, not {json_type(value)}", place=place)
+    raise InvalidInput(
+        f"must be a string, a number, a boolean or a list of strings, not {json_type(value)}", place=place
+    )
 
 
 def _microseconds(value: object, place: str) -> float | None:
@@ -321,13 +337,17 @@ def _binary_size(parameters: object, place: str, left: int) -> int | None:
         raise InvalidInput(f"must be an object, not {json_type(parameters)}", place=f"{place}.parameters")
     for key in parameters:
         if key != "binary_data_size":
-            reason = "shared memory is not supported" if key.startswith("shared_memory") else "is no parameter of a tensor"
+            reason = (
+                "shared memory is not supported" if key.startswith("shared_memory") else "is no parameter of a tensor"
+            )
             raise UnsupportedParameter(reason, place=f"{place}.parameters.{key[:80]}")
     size = parameters.get("binary_data_size")
     if size is None:
         return None
     if type(size) is not int or not 0 <= size <= left:
-        raise InvalidInput(f"is {size!r:.60}, and {left} bytes are left after the JSON", place=f"{place}.parameters.binary_data_size")
+        raise InvalidInput(
+            f"is {size!r:.60}, and {left} bytes are left after the JSON", place=f"{place}.parameters.binary_data_size"
+        )
     return size
 
 

@@ -101,7 +101,7 @@ class Fields:
         value = self._left.pop(name, None)
         if value is not None and (type(value) not in (int, float) or not low <= value <= high):
             raise InvalidInput(f"must be a number from {low:g} to {high:g}, not {value!r:.60}", place=name)
-        return value
+        return None if value is None else float(value)
 
     def rest(self, signature: Signature, known: Iterable[str]) -> dict[str, Any]:
         """Return the parameters of the model's own that are left.
@@ -209,7 +209,7 @@ def read_embeddings(document: Mapping[str, Any], spec: ModelSpec, signature: Sig
 
 
 def _texts(value: object, place: str) -> list[str]:
-    """Return one text or several; token ids, which OpenAI also takes, belong to OpenAI's own vocabulary and are refused."""
+    """Return one text or several; token ids, which OpenAI also takes, are of its own vocabulary and are refused."""
     if type(value) is str:
         value = [value]
         places = [place]
@@ -309,7 +309,9 @@ def _read_text(
 ) -> TextRequest:
     max_tokens = fields.integer("max_tokens", low=1, high=2**31)
     if longest is not None and max_tokens not in (None, longest):
-        raise InvalidInput(f"is {max_tokens}, and max_completion_tokens is {longest}; send one of them", place="max_tokens")
+        raise InvalidInput(
+            f"is {max_tokens}, and max_completion_tokens is {longest}; send one of them", place="max_tokens"
+        )
     settings = {
         "max_tokens": max_tokens if longest is None else longest,
         "temperature": fields.number("temperature", low=0, high=2),
@@ -386,11 +388,15 @@ def _message(message: object, place: str) -> dict[str, str]:
     if type(message) is not dict:
         raise InvalidInput(f"must be an object, not {json_type(message)}", place=place)
     for key, value in message.items():
-        if key in ("role", "content") or (value is None or value == []) and key in _IDLE_OF_MESSAGE:
+        if key in ("role", "content") or (key in _IDLE_OF_MESSAGE and value in (None, [])):
             continue
         if key == "name" and type(value) is str:
             continue
-        what = "is not supported here" if key in _IDLE_OF_MESSAGE else f"is no key of a message{near(key, ['role', 'content', 'name'])}"
+        what = (
+            "is not supported here"
+            if key in _IDLE_OF_MESSAGE
+            else f"is no key of a message{near(key, ['role', 'content', 'name'])}"
+        )
         raise UnsupportedParameter(what, place=f"{place}.{key[:80]}")
     role = message.get("role")
     if type(role) is not str or role not in _ROLES:
@@ -413,7 +419,9 @@ def _content(content: object, place: str) -> str:
         if type(part) is not dict:
             raise InvalidInput(f"must be an object, not {json_type(part)}", place=where)
         if part.get("type") != "text":
-            raise InvalidInput(f"must be 'text', not {part.get('type')!r:.60}: the model reads text only", place=f"{where}.type")
+            raise InvalidInput(
+                f"must be 'text', not {part.get('type')!r:.60}: the model reads text only", place=f"{where}.type"
+            )
         text = part.get("text")
         if type(text) is not str:
             raise InvalidInput(f"must be a string, not {json_type(text)}", place=f"{where}.text")
@@ -442,7 +450,11 @@ class TextAnswer:
         """Return the answer from one result a choice."""
         choices = []
         for index, result in enumerate(results):
-            body = {"message": {"role": "assistant", "content": result["text"]}} if self._chat else {"text": result["text"]}
+            body = (
+                {"message": {"role": "assistant", "content": result["text"]}}
+                if self._chat
+                else {"text": result["text"]}
+            )
             choices.append({"index": index, **body, "logprobs": None, "finish_reason": result["finish_reason"]})
         kind = "chat.completion" if self._chat else "text_completion"
         return {**self._frame, "object": kind, "choices": choices, "usage": self.usage(results)}
@@ -520,7 +532,9 @@ def read_transcription(form: Mapping[str, list[Part]], spec: ModelSpec, signatur
     check_model(fields, spec)
     response_format = fields.string("response_format") or "json"
     if response_format not in ("json", "text", "verbose_json"):
-        raise UnsupportedParameter(f"must be json, text or verbose_json, not {response_format!r:.60}", place="response_format")
+        raise UnsupportedParameter(
+            f"must be json, text or verbose_json, not {response_format!r:.60}", place="response_format"
+        )
     language = fields.string("language")
     if fields.string("prompt"):
         raise UnsupportedParameter("is not supported here", place="prompt")
@@ -562,7 +576,7 @@ def _form_value(name: str, parts: list[Part]) -> object:
 
 
 def transcription_answer(request: TranscriptionRequest, result: Mapping[str, Any]) -> dict[str, Any] | str:
-    """Return the answer: text for `text`, else an object; `verbose_json` has no segments, because the model tells none."""
+    """Return the answer: a string for `text`, else an object; `verbose_json` has no segments: the model tells none."""
     text = result["text"]
     text = text.decode() if isinstance(text, bytes) else str(text)
     if request.response_format == "text":

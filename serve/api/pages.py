@@ -21,13 +21,17 @@ main{max-width:60rem;margin:0 auto;padding:2.5rem 1.25rem 4rem}
 h1{font-size:1.9rem;margin:0 0 .25rem;letter-spacing:-.01em}h2{font-size:1.2rem;margin:2.25rem 0 .5rem}
 a{color:var(--accent)}p.lead{color:var(--soft);margin:.25rem 0 1.5rem}
 article{border:1px solid var(--line);border-radius:.6rem;padding:1rem 1.15rem;margin:0 0 1rem}
-article h2,article h3{margin:0;font-size:1.1rem}article p{margin:.4rem 0}
+article h2,article h3{margin:0;font-size:1.1rem}
+article p{margin:.4rem 0}
 pre{background:var(--well);border-radius:.45rem;padding:.75rem .9rem;overflow:auto;margin:.6rem 0;
 font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere}
-code{font:.9em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;background:var(--well);border-radius:.25rem;padding:.1em .3em}
-.method{display:inline-block;min-width:3.4rem;text-align:center;font:600 12px/1.8 ui-monospace,monospace;border-radius:.3rem;
+code{font:.9em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;
+background:var(--well);border-radius:.25rem;padding:.1em .3em}
+.method{display:inline-block;
+min-width:3.4rem;text-align:center;font:600 12px/1.8 ui-monospace,monospace;border-radius:.3rem;
 color:var(--paper);background:var(--soft);margin-right:.5rem}.method.post{background:var(--accent)}
-.state{font-size:.82rem;font-weight:600;margin-left:.5rem;color:var(--wait)}.state.ready{color:var(--ok)}.state.failed{color:var(--bad)}
+.state{font-size:.82rem;font-weight:600;margin-left:.5rem;color:var(--wait)}
+.state.ready{color:var(--ok)}.state.failed{color:var(--bad)}
 .soft{color:var(--soft);font-size:.9rem}summary{cursor:pointer;color:var(--soft)}
 table{border-collapse:collapse;width:100%;font-size:.92rem}td,th{text-align:left;padding:.35rem .6rem .35rem 0;
 border-bottom:1px solid var(--line);vertical-align:top}
@@ -54,7 +58,7 @@ def model_page(document: Document) -> str:
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             parts.append(_operation(base + path.rstrip("/"), method, operation))
-    return _page(f'{info["title"]} · Roundhouse', "".join(parts))
+    return _page(f"{info['title']} · Roundhouse", "".join(parts))
 
 
 def _prose(text: str) -> str:

@@ -7,7 +7,7 @@ import binascii
 import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from serve.errors import InvalidInput, PredictionFailed
 from serve.models.base import TensorSpec
 
 Array = npt.NDArray[Any]
+Rows = Sequence[Any] | Array
 
 #: Datatype on the wire -> numpy's, little-endian as the binary extension has it.
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -52,7 +53,7 @@ def read_shape(shape: object, spec: TensorSpec, place: str) -> tuple[int, ...]:
         len(shape) > 1 and any(want not in (-1, size) for size, want in zip(shape[1:], spec.shape[1:], strict=True))
     ):
         raise InvalidInput(
-            f"is {shape!r:.80}, and {spec.name!r} takes {list(spec.shape)} (-1 is any length, the first is the number of items)",
+            f"is {shape!r:.80}, and {spec.name!r} takes {list(spec.shape)} (-1 is any length; items first)",
             place=f"{place}.shape",
         )
     if shape[0] == 0:
@@ -64,11 +65,11 @@ def _no_shape(shape: object, place: str) -> InvalidInput:
     return InvalidInput(f"must be a list of whole numbers from 0, not {shape!r:.80}", place=f"{place}.shape")
 
 
-def read_json(data: object, shape: tuple[int, ...], spec: TensorSpec, place: str, *, booleans: bool) -> Sequence[Any]:
+def read_json(data: object, shape: tuple[int, ...], spec: TensorSpec, place: str, *, booleans: bool) -> Rows:
     """Return the rows of a tensor whose data stands in the JSON, nested or flat and row-major.
 
     Args:
-        booleans: The document holds `true` or `false` somewhere; where it does not, no element needs to be checked for it.
+        booleans: The document holds `true` or `false` somewhere; where it does not, no element has to be looked at.
 
     Raises:
         InvalidInput: An element does not fit the datatype, or there are more or fewer than the shape says.
@@ -118,9 +119,10 @@ def _convert(array: Array, target: np.dtype[Any]) -> Array:
     return array.astype(target)
 
 
-def _read_json_bytes(data: list[Any], shape: tuple[int, ...], spec: TensorSpec, place: str) -> Sequence[Any]:
+def _read_json_bytes(data: list[Any], shape: tuple[int, ...], spec: TensorSpec, place: str) -> Rows:
+    found: tuple[int, ...] = (len(data),)
     if all(type(element) is str for element in data):
-        flat, found = data, (len(data),)
+        flat = data
     else:
         elements = list(_elements(data, place))
         for element, where in elements:
@@ -143,7 +145,7 @@ def _from_base64(text: str, place: str) -> bytes:
         raise InvalidInput(f"is not base64 ({error}): {text[:24]!r}{hint}", place=place) from error
 
 
-def _bytes_rows(values: list[Any], shape: tuple[int, ...]) -> Sequence[Any]:
+def _bytes_rows(values: list[Any], shape: tuple[int, ...]) -> Rows:
     if len(shape) == 1:
         return values
     rows: Array = np.empty(len(values), dtype=object)
@@ -191,14 +193,14 @@ def _element_misfit(element: object, target: np.dtype[Any]) -> str | None:
         return None if type(element) is bool else "is no boolean, and the datatype is"
     if type(element) not in (int, float):
         return "is no number, and the datatype is"
-    assert isinstance(element, (int, float))
+    number = cast("float", element)
     if target.kind == "f":
-        return "is out of the range of" if abs(element) > float(np.finfo(target).max) else None
+        return "is out of the range of" if abs(number) > float(np.finfo(target).max) else None
     if type(element) is float:
-        out = abs(element) >= 2**63
+        out = abs(number) >= 2**63
         return "is out of the range of" if out else "is no whole number, and the datatype is"
     bounds = np.iinfo(target)
-    return None if bounds.min <= element <= bounds.max else "is out of the range of"
+    return None if bounds.min <= number <= bounds.max else "is out of the range of"
 
 
 def _shape_mismatch(found: tuple[int, ...] | None, count: int, shape: tuple[int, ...], place: str) -> InvalidInput:
@@ -208,7 +210,7 @@ def _shape_mismatch(found: tuple[int, ...] | None, count: int, shape: tuple[int,
     )
 
 
-def read_binary(raw: memoryview, shape: tuple[int, ...], spec: TensorSpec, place: str) -> Sequence[Any]:
+def read_binary(raw: memoryview, shape: tuple[int, ...], spec: TensorSpec, place: str) -> Rows:
     """Return the rows of a tensor whose data follows the JSON (binary tensor data extension), as views where possible.
 
     Raises:
@@ -247,7 +249,7 @@ def _read_binary_bytes(raw: memoryview, count: int, place: str) -> list[bytes]:
     return values
 
 
-def read_raw(raw: memoryview, spec: TensorSpec) -> Sequence[Any]:
+def read_raw(raw: memoryview, spec: TensorSpec) -> Rows:
     """Return the rows of a request that is nothing but one tensor's bytes (`Inference-Header-Content-Length: 0`).
 
     BYTES is one element without its length. Otherwise the rows are counted from the size; with one variable dimension
@@ -331,20 +333,17 @@ def _flatten(values: list[Any]) -> tuple[list[int], list[Any]]:
     return shape, values
 
 
-def _to_text(value: object) -> str:
+def _to_text(value: str | bytes) -> str:
     if isinstance(value, str):
         return value
-    assert isinstance(value, bytes)
     try:
         return value.decode()
     except UnicodeDecodeError as error:
         raise PredictionFailed("the model's output is no UTF-8; ask for it as binary data") from error
 
 
-def _to_base64(value: object) -> str:
-    raw = value.encode() if isinstance(value, str) else value
-    assert isinstance(raw, bytes)
-    return base64.b64encode(raw).decode()
+def _to_base64(value: str | bytes) -> str:
+    return base64.b64encode(value.encode() if isinstance(value, str) else value).decode()
 
 
 def example_tensor(item: Mapping[str, Any], spec: TensorSpec) -> dict[str, Any]:

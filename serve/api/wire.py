@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from serve.errors import Cancelled
 
@@ -82,8 +82,7 @@ async def cancelled_on_disconnect(receive: Receive) -> AsyncIterator[None]:
     Raises:
         Cancelled: The client went.
     """
-    running = asyncio.current_task()
-    assert running is not None
+    running = cast("asyncio.Task[object]", asyncio.current_task())
     watch = asyncio.ensure_future(disconnected(receive))
     gone = False
 

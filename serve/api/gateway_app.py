@@ -1,0 +1,290 @@
+"""The HTTP application at `/`: what names its model in the body, what names none, and models that have no route yet."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+import orjson
+from fastapi import FastAPI
+from starlette.routing import BaseRoute, Route
+
+from serve import __version__
+from serve.api import documents, openai_surface
+from serve.api.application import Answer, Application, Endpoint
+from serve.api.body import check_media_type, json_type, parse_object, read_body
+from serve.api.directory import Directory, ModelStatus, find, not_ready
+from serve.api.errors import ReplicaLost, Shape, describe, open_inference_shape, openai_shape
+from serve.api.forward import Reply, Upstream, UpstreamError
+from serve.api.multipart import parse_form
+from serve.api.pages import gateway_page
+from serve.api.wire import (
+    JSON_HEADER,
+    Headers,
+    Receive,
+    Scope,
+    Send,
+    cancelled_on_disconnect,
+    echoed,
+    send_bytes,
+)
+from serve.errors import DeadlineExceeded, InvalidInput, NotReady
+from serve.settings import Settings
+
+_PASSED_ON = (
+    b"content-type", b"accept", b"x-request-id", b"traceparent", b"tracestate", b"baggage", b"x-request-timeout-ms",
+)  # fmt: skip
+_PASSED_BACK = (
+    b"content-type", b"content-encoding", b"cache-control", b"retry-after", b"x-request-id", b"x-should-retry",
+)  # fmt: skip
+_STATES = {"ready": "READY", "failed": "UNAVAILABLE", "draining": "UNLOADING"}
+_EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"]
+_ROUTE_RETRY_S = 1.0
+
+
+def build_gateway_app(
+    directory: Directory, *, settings: Settings, base_url: str, watch_disconnect: bool = False
+) -> Application:
+    """Return the gateway's application.
+
+    Args:
+        directory: The declared models, as of now.
+        settings: As for every application.
+        base_url: `http://host:port` of what routes `/v2/models/<name>/...` to that model's replicas.
+        watch_disconnect: As in `build_model_app`.
+    """
+    return GatewayRoutes(directory, base_url=base_url, watch_disconnect=watch_disconnect).application(settings)
+
+
+class GatewayRoutes:
+    """What answers each route of the gateway."""
+
+    def __init__(self, directory: Directory, *, base_url: str, watch_disconnect: bool) -> None:
+        self._directory = directory
+        self._upstream = Upstream(base_url)
+        self._watch = watch_disconnect
+
+    def application(self, settings: Settings) -> Application:  # noqa: ARG002 - nothing of it concerns these routes yet
+        """Return the application."""
+
+        @contextlib.asynccontextmanager
+        async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+            yield
+            self._upstream.close()
+
+        hot = {
+            f"/v1/{endpoint}": Endpoint(self._forwarded(endpoint), openai_shape)
+            for endpoint in openai_surface.ENDPOINTS
+        }
+        return Application(hot=hot, routes=self._routes(), title="Roundhouse", lifespan=lifespan)
+
+    def _routes(self) -> list[BaseRoute]:
+        def get(path: str, make: Callable[[dict[str, str]], Any], shape: Shape = open_inference_shape) -> Route:
+            return Route(path, Endpoint.telling(make, shape), methods=["GET"])
+
+        every = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+        return [
+            get("/v2", lambda _: server_metadata()),
+            get("/v2/health/live", lambda _: {"live": True, "ready": not self._waiting()}),
+            get("/v2/health/ready", lambda _: self._ready()),
+            Route("/v2/repository/index", Endpoint(self._index, open_inference_shape), methods=["POST"]),
+            *(
+                Route(f"/v2/repository/models/{{name}}/{verb}", self._refusing(verb), methods=["POST"])
+                for verb in ("load", "unload")
+            ),
+            Route("/v2/models/stats", Endpoint(self._stats, open_inference_shape), methods=["GET"]),
+            Route("/v2/models/{name}/v1/{rest:path}", Endpoint(self._unrouted, openai_shape), methods=every),
+            Route("/v2/models/{name}/{rest:path}", Endpoint(self._unrouted, open_inference_shape), methods=every),
+            Route("/v2/models/{name}", Endpoint(self._unrouted, open_inference_shape), methods=every),
+            get("/v1/models", lambda _: self._listed(), openai_shape),
+            get("/v1/models/{name:path}", self._one_model, openai_shape),
+            get("/openapi.json", lambda _: documents.gateway_document(self._directory.models())),
+            Route("/docs", Endpoint(self._page, open_inference_shape), methods=["GET"]),
+            Route("/", Endpoint(self._page, open_inference_shape), methods=["GET"]),
+        ]
+
+    # Documents
+
+    def _waiting(self) -> list[ModelStatus]:
+        """Return the models that are on their way; one that failed holds up nobody."""
+        return [status for status in self._directory.models() if not status.ready and status.phase != "failed"]
+
+    def _ready(self) -> dict[str, Any]:
+        waiting = self._waiting()
+        if waiting:
+            told = ", ".join(f"{status.name} ({status.phase})" for status in waiting)
+            soonest = min(status.retry_after_s for status in waiting)
+            raise NotReady(f"not ready yet: {told}", phase=waiting[0].phase, retry_after_s=soonest)
+        return {"live": True, "ready": True}
+
+    def _listed(self) -> dict[str, Any]:
+        models = [openai_surface.model_object(status.name) for status in self._directory.models()]
+        return {"object": "list", "data": models}
+
+    def _one_model(self, found: dict[str, str]) -> dict[str, Any]:
+        return openai_surface.model_object(find(self._directory, found["name"]).name)
+
+    def _refusing(self, verb: str) -> Endpoint:
+        def refuse(found: dict[str, str]) -> None:
+            name = find(self._directory, found["name"]).name
+            raise InvalidInput(f"{name!r} is declared in the models' file: edit the file to {verb} it", place="model")
+
+        return Endpoint.telling(refuse, open_inference_shape)
+
+    async def _index(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:  # noqa: ARG002
+        body = await read_body(headers, receive, limit=65536)
+        only_ready = parse_object(body).get("ready", False) if body.strip() else False
+        if type(only_ready) is not bool:
+            raise InvalidInput(f"must be true or false, not {only_ready!r:.60}", place="ready")
+        entries = [index_entry(status) for status in self._directory.models() if status.ready or not only_ready]
+        await send_bytes(send, 200, [JSON_HEADER, *echoed(headers)], orjson.dumps(entries))
+
+    async def _stats(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:  # noqa: ARG002
+        async def of_model(name: str) -> list[Any]:
+            try:
+                async with self._upstream.exchange("GET", f"/v2/models/{name}/stats", []) as reply:
+                    told = orjson.loads(await reply.read()) if reply.status == 200 else {}
+            except UpstreamError:
+                return []
+            found: list[Any] = told.get("model_stats", [])
+            return found
+
+        names = [status.name for status in self._directory.models() if status.ready]
+        entries = [entry for found in await asyncio.gather(*map(of_model, names)) for entry in found]
+        await send_bytes(send, 200, [JSON_HEADER, *echoed(headers)], orjson.dumps({"model_stats": entries}))
+
+    async def _page(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:  # noqa: ARG002
+        models = self._directory.models()
+        host = headers.get(b"host", b"127.0.0.1").decode("latin-1")
+        page = gateway_page(
+            models, documents.gateway_document(models), base_url=f"{scope.get('scheme', 'http')}://{host}"
+        )
+        await send_bytes(send, 200, [(b"content-type", b"text/html; charset=utf-8"), *echoed(headers)], page.encode())
+
+    async def _unrouted(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:  # noqa: ARG002
+        """Answer for a model: what has a route does not arrive here."""
+        status = find(self._directory, scope["path_params"]["name"])
+        raise _unreachable(status)
+
+    # Hot routes
+
+    def _forwarded(self, endpoint: str) -> Answer:
+        """Return what passes `POST /v1/<endpoint>` on to the model that the body names."""
+        is_form = endpoint == "audio/transcriptions"
+
+        async def answer(scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:  # noqa: ARG001
+            if not is_form:
+                check_media_type(headers)
+            models = self._directory.models()
+            limit = max((status.max_request_bytes for status in models), default=2**20)
+            body = await read_body(headers, receive, limit=limit)
+            name = form_model(headers.get(b"content-type"), body) if is_form else body_model(body)
+            status = find(self._directory, name)
+            if not status.ready:
+                raise not_ready(status)
+            passed = [(key, headers[key]) for key in _PASSED_ON if key in headers]
+            path = f"/v2/models/{name}/v1/{endpoint}"
+            watch = cancelled_on_disconnect(receive) if self._watch else contextlib.nullcontext()
+            async with watch:
+                await self._pass_on(name, path, passed, body, send)
+
+        return answer
+
+    async def _pass_on(self, name: str, path: str, headers: Headers, body: bytes, send: Send) -> None:
+        is_started = False
+        is_events = False
+        try:
+            async with self._upstream.exchange("POST", path, headers, body) as reply:
+                is_events = reply.headers.get(b"content-type", b"").startswith(b"text/event-stream")
+                if not is_events and reply.status >= 400:
+                    await self._check_refusal(name, reply)
+                part, more = await reply.next_chunk()
+                is_started = True
+                await send({"type": "http.response.start", "status": reply.status, "headers": _head(reply, part, more)})
+                await send({"type": "http.response.body", "body": part, "more_body": more})
+                while more:
+                    part, more = await reply.next_chunk()
+                    await send({"type": "http.response.body", "body": part, "more_body": more})
+        except UpstreamError as error:
+            lost = self._lost(name, str(error))
+            if not (is_started and is_events):
+                raise lost from error
+            event = orjson.dumps(openai_shape(*describe(lost)))
+            await send({"type": "http.response.body", "body": b"data: " + event + b"\n\n", "more_body": False})
+
+    async def _check_refusal(self, name: str, reply: Reply) -> None:
+        """Turn what the proxy or Ray says in its own words into the protocol's; a replica always answers in JSON."""
+        if reply.headers.get(b"content-type", b"").startswith(b"application/json"):
+            return
+        if reply.status == 408:
+            raise DeadlineExceeded(f"model {name!r} did not answer in time")
+        if reply.status == 404:
+            raise _unreachable(find(self._directory, name))
+        if reply.status >= 500:
+            raise self._lost(name, f"the proxy said {reply.status}")
+
+    def _lost(self, name: str, why: str) -> Exception:
+        status = find(self._directory, name)
+        if not status.ready:
+            return not_ready(status)
+        return ReplicaLost(
+            f"the replica of model {name!r} went away before its answer was there ({why}); "
+            "whether it was computed is not known, and it was not repeated",
+            retry_after_s=status.retry_after_s,
+        )
+
+
+def _head(reply: Reply, part: bytes, more: bool) -> Headers:
+    headers = [(key, reply.headers[key]) for key in _PASSED_BACK if key in reply.headers]
+    if not more:
+        headers.append((b"content-length", b"%d" % len(part)))
+    elif b"content-length" in reply.headers:
+        headers.append((b"content-length", reply.headers[b"content-length"]))
+    return headers
+
+
+def _unreachable(status: ModelStatus) -> NotReady:
+    if not status.ready:
+        return not_ready(status)
+    return NotReady(
+        f"model {status.name!r} is ready and its route is being set up", phase="starting", retry_after_s=_ROUTE_RETRY_S
+    )
+
+
+def server_metadata() -> dict[str, Any]:
+    """Return the server metadata (Open Inference Protocol v2, "Server Metadata")."""
+    return {"name": "roundhouse", "version": __version__, "extensions": _EXTENSIONS}
+
+
+def index_entry(status: ModelStatus) -> dict[str, str]:
+    """Return a model as the repository index lists it (model repository extension)."""
+    reason = "" if status.ready else f"{status.phase}: {status.message}".removesuffix(": ")
+    return {"name": status.name, "version": "1", "state": _STATES.get(status.phase, "LOADING"), "reason": reason}
+
+
+def body_model(body: bytes) -> str:
+    """Return the model that a JSON body names.
+
+    Raises:
+        InvalidInput: The body is no JSON object, or names none.
+    """
+    return _named(parse_object(body).get("model"))
+
+
+def form_model(content_type: bytes | None, body: bytes) -> str:
+    """Return the model that a form names.
+
+    Raises:
+        InvalidInput, UnsupportedMedia: The body is no form, or names none.
+    """
+    parts: Sequence[Any] = parse_form(content_type, body).get("model", ())
+    return _named(parts[0].content.decode("utf-8", "replace") if len(parts) == 1 else None)
+
+
+def _named(model: object) -> str:
+    if type(model) is not str or not model:
+        what = "is missing" if model is None else f"must be a string that is not empty, not {json_type(model)}"
+        raise InvalidInput(f"{what}; GET /v1/models lists the models", place="model")
+    return model

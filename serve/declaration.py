@@ -115,20 +115,17 @@ def parse_declaration(data: bytes, *, path: Path, base_dir: Path) -> Declaration
                 Problem(str(path), root.line, root.column, "", f"{_kind(root)} where the mapping `models:` belongs")
             )
     else:
-        check = _Check(str(path), root, base_dir)
-        models = check.run()
-        problems += check.problems
+        models = _Check(str(path), root, base_dir, problems).run()
     if problems:
-        # A value behind an alias is met once for each use, with one path for each.
-        raise InvalidDeclaration(sorted(dict.fromkeys(problems), key=lambda p: (p.line or 0, p.column or 0)))
+        raise InvalidDeclaration(sorted(problems, key=lambda p: (p.line or 0, p.column or 0)))
     return Declaration(models=models, path=path, base_dir=base_dir)
 
 
 class _Check:
     """One pass over one document: the fields, then the options, then what holds between fields, models and files."""
 
-    def __init__(self, file: str, root: Node, base_dir: Path) -> None:
-        self.problems: list[Problem] = []
+    def __init__(self, file: str, root: Node, base_dir: Path, problems: list[Problem]) -> None:
+        self._problems = problems
         self._file = file
         self._root = root
         self._base_dir = base_dir
@@ -136,7 +133,7 @@ class _Check:
         self._wrong: set[Loc] = set()
 
     def run(self) -> tuple[ModelSpec, ...]:
-        """Fill `problems`; the result counts only where there are none."""
+        """Add to the problems; the result counts only where there are none."""
         whole: list[ErrorDetails] = []
         models: tuple[ModelSpec, ...] = ()
         try:
@@ -154,7 +151,7 @@ class _Check:
                 self._check_rules(index, model)
                 self._check_file(index, model)
         self._check_names()
-        for detail in [] if self.problems else whole:
+        for detail in [] if self._problems else whole:
             self._add(detail["loc"], detail["msg"])
         return models
 
@@ -174,7 +171,9 @@ class _Check:
             reads = [(*at, *path.split(".")) for path in rule.reads]
             if not all(map(self._sound, reads)):
                 continue
-            message = rule.broken(*(_value(model, path) for path in rule.reads), *(key in model for key in rule.given))
+            message = rule.broken(
+                *(_value(model, path) for path in rule.reads), *(model.get(key) is not None for key in rule.given)
+            )
             if message:
                 self._blame(rule, at, reads, message)
 
@@ -283,7 +282,7 @@ class _Check:
         if at_key and (parent := self._find(loc[:-1])):
             node = parent.keys[str(loc[-1])]
         shown = shorten(value.data()) if value else None
-        self.problems.append(Problem(self._file, node.line, node.column, format_path(loc), message, shown, suggestion))
+        self._problems.append(Problem(self._file, node.line, node.column, format_path(loc), message, shown, suggestion))
 
 
 def _value(model: Mapping[str, Any], path: str) -> Any:

@@ -191,6 +191,10 @@ class _SyntaxFault:
         mark = mark or error.problem_mark
         self.line, self.column = (mark.line, mark.column) if mark else (0, 0)
         self.line = min(self.line, len(lines) - 1)
+        if not lines[self.line].strip():
+            # The reader stumbles over the end of the text, or over what was set aside before.
+            self.line = self._line_above(lines) or 0
+            self.column = max(lines[self.line].rfind("["), lines[self.line].rfind("{"), _indent(lines[self.line]))
         if quoted and quoted.start_mark and quoted.end_mark and quoted.end_mark.line == self.line:
             # A forgotten quotation mark swallows lines up to the next one, where the reader stumbles.
             self.line, self.column = quoted.start_mark.line, quoted.start_mark.column

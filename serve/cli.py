@@ -14,6 +14,8 @@ from serve.errors import RoundhouseError
 
 if TYPE_CHECKING:
     from serve.declaration import Declaration
+    from serve.runtime.state import Running
+    from serve.settings import Settings
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -94,6 +96,100 @@ def _schema(options: argparse.Namespace) -> int:
     return OK
 
 
+def _platform_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--port", type=int, metavar="N", help="port of the platform (default: ROUNDHOUSE_PORT or 8000)")
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    """Return the environment's settings with what the command line says in their place."""
+    from serve.settings import Settings
+
+    changed = {name: getattr(options, name, None) for name in ("port", "host")}
+    return Settings.from_environment().replaced(**{name: value for name, value in changed.items() if value is not None})
+
+
+def _up_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", nargs="?", default="models.yaml", metavar="FILE", help="default: models.yaml")
+    _platform_arguments(parser)
+    parser.add_argument("--host", metavar="ADDRESS", help="address to serve on (default: ROUNDHOUSE_HOST or 127.0.0.1)")
+    parser.add_argument("--dashboard", action="store_true", help="also start Ray's dashboard, on localhost:8265 only")
+
+
+def _up(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from serve.runtime.up import up
+
+    return up(Path(options.file), settings=_settings(options), dashboard=options.dashboard)
+
+
+def _running(options: argparse.Namespace) -> tuple[Settings, Running]:
+    """Return the platform that runs on the port.
+
+    Raises:
+        RoundhouseError: None does.
+    """
+    from serve.runtime import state
+
+    settings = _settings(options)
+    running = state.read(settings, settings.port)
+    if running is None:
+        raise RoundhouseError(
+            f"nothing was started by `roundhouse up` on port {settings.port}; name another with --port"
+        )
+    return settings, running
+
+
+def _status_arguments(parser: argparse.ArgumentParser) -> None:
+    _platform_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print the models' state as JSON")
+
+
+def _status(options: argparse.Namespace) -> int:
+    from serve.runtime.status import fetch_status, render_status
+
+    _, running = _running(options)
+    models = fetch_status(running.url)
+    if options.json:
+        _print_json({"url": running.url, "pid": running.pid, "file": running.file, "models": models})
+    else:
+        render_status(running, models)
+    return OK if all(model["phase"] == "ready" for model in models) else FAILED
+
+
+def _predict_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="its name in the declaration")
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="text, @FILE, or numbers such as 1,2,3; one row each"
+    )
+    _platform_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print the whole answer as the protocol has it")
+    parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="longest answer of a chat model")
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from serve.runtime.predict import answer
+
+    return answer(
+        _settings(options).url,
+        options.model,
+        options.inputs,
+        as_json=options.json,
+        max_tokens=options.max_tokens,
+    )
+
+
+def _down(options: argparse.Namespace) -> int:
+    from serve.runtime import state
+
+    _, running = _running(options)
+    print(f"stopping {running.url} (process {running.pid})")
+    if not state.stop(running, timeout_s=120):
+        raise RoundhouseError(f"process {running.pid} has not ended within 120 s; its logs are in {running.logs}")
+    print("stopped")
+    return OK
+
+
 def _print_json(value: object) -> None:
     import json
 
@@ -101,6 +197,10 @@ def _print_json(value: object) -> None:
 
 
 COMMANDS = (
+    Command("up", "[FILE]", "Serve the models of a declaration, and follow its edits", _up_arguments, _up),
+    Command("status", "", "Show the models of the running platform", _status_arguments, _status),
+    Command("predict", "MODEL INPUT...", "Ask a model, from the command line", _predict_arguments, _predict),
+    Command("down", "", "Drain and stop the running platform", _platform_arguments, _down),
     Command("check", "[FILE]", "Tell every problem in a declaration, or what it declares", _check_arguments, _check),
     Command("schema", "", "Print the JSON Schema of models.yaml, which editors use", _schema_arguments, _schema),
 )

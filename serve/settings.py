@@ -62,6 +62,22 @@ class Settings(BaseModel):
     hf_endpoint: str = Field(default="https://huggingface.co", description="The hub behind `hf:`.")
     s3_endpoint: str | None = Field(default=None, description="An S3-compatible server behind `s3:`.")
 
+    @property
+    def url(self) -> str:
+        """Return where this machine reaches the platform."""
+        return f"http://{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{self.port}"  # noqa: S104
+
+    def replaced(self, **changed: object) -> Settings:
+        """Return these settings with some in place of others.
+
+        Raises:
+            SpecError: One does not fit.
+        """
+        try:
+            return Settings.model_validate(self.model_dump() | changed)
+        except ValidationError as error:
+            raise SpecError("\n".join(map(_line, error.errors(include_url=False)))) from error
+
     @field_validator("cache_dir", "state_dir")
     @classmethod
     def _from_home(cls, folder: Path) -> Path:

@@ -258,10 +258,20 @@ def server_metadata() -> dict[str, Any]:
     return {"name": "roundhouse", "version": __version__, "extensions": _EXTENSIONS}
 
 
-def index_entry(status: ModelStatus) -> dict[str, str]:
-    """Return a model as the repository index lists it (model repository extension)."""
+def index_entry(status: ModelStatus) -> dict[str, Any]:
+    """Return a model as the repository index lists it (model repository extension), and what else is known of it."""
     reason = "" if status.ready else f"{status.phase}: {status.message}".removesuffix(": ")
-    return {"name": status.name, "version": "1", "state": _STATES.get(status.phase, "LOADING"), "reason": reason}
+    return {
+        "name": status.name,
+        "version": "1",
+        "state": _STATES.get(status.phase, "LOADING"),
+        "reason": reason,
+        "task": status.task,
+        "phase": status.phase,
+        "message": status.message,
+        "ready_replicas": status.ready_replicas,
+        "target_replicas": status.target_replicas,
+    }
 
 
 def body_model(body: bytes) -> str:

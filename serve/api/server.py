@@ -158,7 +158,7 @@ class WholeRequestProtocol(HttpToolsProtocol):
 
     async def _answer(self, whole: WholeRequest) -> None:
         try:
-            await self.app(whole.scope, whole.receive, whole.send)  # type: ignore[arg-type]
+            await self.app(whole.scope, whole.receive, whole.send)
         except Exception:
             self.logger.exception("The application raised.")
             if whole.started:

@@ -6,15 +6,14 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
 from serve.api.directory import ModelStatus
-
-_COLOURS = {"ready": "green", "failed": "red", "queued": "dim", "draining": "yellow"}
+from serve.runtime.status import PHASE_COLOURS
 
 
 class Board:
@@ -33,11 +32,11 @@ class Board:
 
     def say(self, text: str) -> None:
         """Print one line with the time since the start."""
-        self._console.print(Text(f"{self.elapsed_s():6.1f} s  {text}"))
+        self._console.print(Text(f"{self.elapsed_s():6.1f} s  {text}"), soft_wrap=True)
 
     def block(self, text: str) -> None:
         """Print lines as they are."""
-        self._console.print(Text(text))
+        self._console.print(Text(text), soft_wrap=True)
         sys.stdout.flush()
 
     def show(self, models: Sequence[ModelStatus]) -> None:
@@ -80,7 +79,7 @@ class Board:
                 mark if settled(model) else Spinner("dots"),
                 model.name,
                 model.task,
-                Text(model.phase, _COLOURS.get(model.phase, "cyan")),
+                Text(model.phase, PHASE_COLOURS.get(model.phase, "cyan")),
                 f"{model.ready_replicas}/{model.target_replicas}",
                 Text(model.message, overflow="ellipsis", no_wrap=True),
             )
@@ -100,19 +99,3 @@ def time_spent(steps: Mapping[str, float], replicas: Mapping[str, Mapping[str, f
         spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in phases.items() if seconds >= 0.05)
         lines.append(f"  {model:<13} {spent}")
     return "\n".join(lines)
-
-
-def summary_table(models: Sequence[ModelStatus]) -> Group | Table:
-    """Return the table that `roundhouse status` prints."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("model", "task", "phase", "replicas", ""):
-        table.add_column(heading)
-    for model in models:
-        table.add_row(
-            model.name,
-            model.task,
-            Text(model.phase, _COLOURS.get(model.phase, "cyan")),
-            f"{model.ready_replicas}/{model.target_replicas}",
-            model.message,
-        )
-    return table

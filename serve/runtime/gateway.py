@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import ray.serve as ray_serve
 from fastapi import FastAPI
@@ -21,6 +22,7 @@ logger = logging.getLogger("ray.serve")
 
 APPLICATION = "gateway"
 _REFRESH_S = 1.0
+_FIRST_READ_S = 5.0
 _RETRY_AFTER_S = 2.0
 
 
@@ -28,8 +30,10 @@ class RayDirectory:
     """The declared models and their state, read from Ray once a second on a thread, because Ray's calls block."""
 
     def __init__(self) -> None:
-        self._models: Sequence[ModelStatus] = read_models()
+        self._models: Sequence[ModelStatus] = ()
+        self._first = threading.Event()
         threading.Thread(target=self._refresh, name="directory", daemon=True).start()
+        self._first.wait(_FIRST_READ_S)
 
     def models(self) -> Sequence[ModelStatus]:
         """Return every declared model, in the order of the declaration."""
@@ -37,11 +41,12 @@ class RayDirectory:
 
     def _refresh(self) -> None:
         while True:
-            time.sleep(_REFRESH_S)
             try:
                 self._models = read_models()
             except Exception:
                 logger.exception("The state of the models could not be read; what was known stays.")
+            self._first.set()
+            time.sleep(_REFRESH_S)
 
 
 def read_models() -> list[ModelStatus]:
@@ -55,7 +60,7 @@ def read_models() -> list[ModelStatus]:
 
 
 def model_status(
-    entry: dict[str, object],
+    entry: dict[str, Any],
     application: ray_serve.schema.ApplicationStatusOverview | None,
     last: phases.ReplicaPhase | None,
 ) -> ModelStatus:
@@ -75,7 +80,9 @@ def model_status(
     if last is not None and not running and phase != "draining":
         if last.phase == "failed":
             phase, message = "failed", last.message
-        elif phase == "queued" and last.phase != "ready":
+        elif phase == "queued" and last.phase == "ready":
+            phase, message = "warming", "being put into routing"
+        elif phase == "queued":
             phase, message = last.phase, progress(last)
     return ModelStatus(
         name=str(entry["name"]),
@@ -86,6 +93,7 @@ def model_status(
         retry_after_s=_RETRY_AFTER_S,
         ready_replicas=running,
         target_replicas=target,
+        max_request_bytes=entry["limits"]["max_request_bytes"],
     )
 
 

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from ray.experimental.internal_kv import (
     _internal_kv_del,
@@ -14,8 +15,11 @@ from ray.experimental.internal_kv import (
     _internal_kv_put,
 )
 
+from serve.settings import Settings
+
 _NAMESPACE = b"roundhouse"
 _DECLARED = b"declared"
+_SETTINGS = b"settings"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +67,25 @@ def forget(model: str) -> None:
         _internal_kv_del(key, namespace=_NAMESPACE)
 
 
-def declare(models: Sequence[dict[str, object]]) -> None:
+def declare(models: Sequence[dict[str, Any]]) -> None:
     """Publish the models that are declared, for the gateway's directory."""
     _internal_kv_put(_DECLARED, json.dumps(models).encode(), overwrite=True, namespace=_NAMESPACE)
 
 
-def declared() -> list[dict[str, object]]:
+def declared() -> list[dict[str, Any]]:
     """Return what `declare` published last."""
     value = _internal_kv_get(_DECLARED, namespace=_NAMESPACE)
     return list(json.loads(value)) if value else []
+
+
+def publish_settings(settings: Settings) -> None:
+    """Publish the platform's settings, for processes that Ray starts without arguments of ours."""
+    _internal_kv_put(_SETTINGS, settings.model_dump_json().encode(), overwrite=True, namespace=_NAMESPACE)
+
+
+def platform_settings() -> Settings:
+    """Return what `publish_settings` published."""
+    return Settings.model_validate_json(_internal_kv_get(_SETTINGS, namespace=_NAMESPACE))
 
 
 class PhaseReporter:

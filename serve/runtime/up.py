@@ -30,20 +30,14 @@ _SETTLED_POLL_S = 1.0
 class Up:
     """One run of `roundhouse up`."""
 
-    def __init__(self, path: Path, *, settings: Settings) -> None:
+    def __init__(self, path: Path, *, settings: Settings, dashboard: bool) -> None:
         self._path = path
         self._settings = settings
         self._board = Board()
         self._stop = threading.Event()
-        self._platform = Platform(settings, say=self._board.say)
+        self._platform = Platform(settings, say=self._board.say, dashboard=dashboard)
         self._steps: dict[str, float] = {}
         self._seen = b""
-
-    @property
-    def url(self) -> str:
-        """Return where the platform answers."""
-        host = "127.0.0.1" if self._settings.host == "0.0.0.0" else self._settings.host  # noqa: S104
-        return f"http://{host}:{self._settings.port}"
 
     def run(self) -> int:
         """Serve until told to stop; return the exit status."""
@@ -86,12 +80,12 @@ class Up:
             state.Running(
                 pid=os.getpid(),
                 created=psutil.Process().create_time(),
-                url=self.url,
+                url=self._settings.url,
                 file=str(self._path.resolve()),
                 logs=str(self._platform.logs),
             ),
         )
-        self._board.say(f"serving on {self.url}, logs in {self._platform.logs}")
+        self._board.say(f"serving on {self._settings.url}, logs in {self._platform.logs}")
         self._platform.apply(declaration.models, base_dir=declaration.base_dir)
 
     def _follow(self, declaration: Declaration) -> None:
@@ -129,13 +123,13 @@ class Up:
         ready = {model.name for model in models if model.phase == "ready"}
         lines = ["", self._time_spent(), "", f"{len(ready)} of {len(models)} models are ready:"]
         lines += [self._line(spec, ready) for spec in declaration.models]
-        lines += ["", f"Documentation: {self.url}/docs    Stop: Ctrl-C, or roundhouse down", ""]
+        lines += ["", f"Documentation: {self._settings.url}/docs    Stop: Ctrl-C, or roundhouse down", ""]
         self._board.block("\n".join(lines))
 
     def _line(self, spec: ModelSpec, ready: set[str]) -> str:
         if spec.name not in ready:
             return f"  {spec.name:<14} failed; see above, and the logs in {self._platform.logs}"
-        return f"  {spec.name:<14} {curl(spec, self.url)}"
+        return f"  {spec.name:<14} {curl(spec, self._settings.url)}"
 
     def _time_spent(self) -> str:
         from serve.runtime import phases
@@ -154,11 +148,11 @@ def _deferred_signals() -> Iterator[None]:
             signal.signal(number, action)
 
 
-def up(path: Path, *, settings: Settings) -> int:
+def up(path: Path, *, settings: Settings, dashboard: bool = False) -> int:
     """Run the platform until Ctrl-C.
 
     Raises:
         SpecError: The declaration is wrong; nothing was started.
         PlatformError: Ray did not start or the port is taken.
     """
-    return Up(path, settings=settings).run()
+    return Up(path, settings=settings, dashboard=dashboard).run()

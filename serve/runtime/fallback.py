@@ -1,0 +1,37 @@
+"""What answers for an application that has no replica: HAProxy sends its requests to Ray's fallback proxy.
+
+Ray's own answer there is to hold the request until a replica comes or to say so in plain text; a client that loads a
+model for the first time would wait without a word. With HAProxy in front nothing else goes through that proxy, so the
+gateway's application stands in it and answers 503 with the model's phase, or serves the gateway's own routes while no
+gateway replica is up.
+"""
+
+from __future__ import annotations
+
+from starlette.middleware import Middleware
+
+from serve.api.gateway_app import build_gateway_app
+from serve.api.wire import Receive, Scope, Send
+from serve.runtime import phases
+from serve.runtime.gateway import RayDirectory
+
+
+class Fallback:
+    """The gateway's application in front of Ray's own, which keeps its health and route checks."""
+
+    def __init__(self, app: object) -> None:
+        self._ray = app
+        settings = phases.platform_settings()
+        self._gateway = build_gateway_app(
+            RayDirectory(), settings=settings, base_url=settings.url, watch_disconnect=True
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request (ASGI)."""
+        app = self._ray if scope["path"].startswith("/-/") else self._gateway
+        await app(scope, receive, send)  # type: ignore[operator]
+
+
+def middlewares() -> list[Middleware]:
+    """Return what Ray puts around its proxy's application (RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH)."""
+    return [Middleware(Fallback)]

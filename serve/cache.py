@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -14,7 +15,8 @@ def build_once(cache_dir: Path, key: str, build: Callable[[Path], None]) -> Path
     """Return `cache_dir/key`, calling `build(folder)` first if no process has completed it.
 
     `build` fills a private folder beside the final one, which is renamed into place when `build` returns; a process
-    that dies in between leaves nothing that looks complete. Concurrent callers of one key wait for the first.
+    that dies in between leaves nothing that looks complete, and the next caller removes what it left. Concurrent
+    callers of one key wait for the first.
 
     Args:
         cache_dir: Made if absent.
@@ -28,6 +30,7 @@ def build_once(cache_dir: Path, key: str, build: Callable[[Path], None]) -> Path
     with FileLock(final.parent / f".{final.name}.lock"):
         if final.is_dir():
             return final
+        _remove_abandoned(final)
         partial = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
         try:
             build(partial)
@@ -37,3 +40,11 @@ def build_once(cache_dir: Path, key: str, build: Callable[[Path], None]) -> Path
             shutil.rmtree(partial, ignore_errors=True)
             raise
     return final
+
+
+def _remove_abandoned(final: Path) -> None:
+    # Who holds the lock is the only builder, so that every other private folder of this key is a dead process's.
+    private = re.compile(rf"\.{re.escape(final.name)}\.[a-z0-9_]{{8}}")
+    for folder in final.parent.iterdir():
+        if private.fullmatch(folder.name):
+            shutil.rmtree(folder, ignore_errors=True)

@@ -48,11 +48,15 @@ class Running:
             with contextlib.suppress(httpx.HTTPError, ValueError, KeyError):
                 states = {entry["name"]: entry for entry in self.index()}
                 seen = str(states)
-                if name in states and states[name]["phase"] == phase:
-                    if phase != "ready" or httpx.get(f"{self.url}/v2/models/{name}/ready").status_code == 200:
-                        return
+                if self.is_in(states.get(name), phase):
+                    return
             time.sleep(0.2)
         raise AssertionError(f"{name} did not become {phase}: {seen}\n{self.log.read_text()[-4000:]}")
+
+    def is_in(self, entry: dict[str, str] | None, phase: str) -> bool:
+        if entry is None or entry["phase"] != phase:
+            return False
+        return phase != "ready" or httpx.get(f"{self.url}/v2/models/{entry['name']}/ready").status_code == 200
 
     def index(self) -> list[dict[str, str]]:
         return list(httpx.post(f"{self.url}/v2/repository/index", timeout=10).raise_for_status().json())

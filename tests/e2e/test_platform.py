@@ -1,0 +1,223 @@
+"""What an operator does to a running platform: edit, break, kill, stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.e2e.conftest import COMMAND, Running, running_platform
+
+pytestmark = pytest.mark.e2e
+
+CLASS = '''
+import os
+from serve.models.base import Signature, TensorSpec
+
+class Double:
+    """Doubles, and tells which process it is."""
+
+    def __init__(self, factor=2):
+        self.factor = factor
+        self.signature = Signature(
+            inputs=(TensorSpec("x", "FP32", (-1, -1), "numbers"),),
+            outputs=(TensorSpec("y", "FP32", (-1, -1), "numbers"), TensorSpec("pid", "INT64", (-1,), "process")),
+        )
+
+    def predict(self, batch):
+        return [{"y": item["x"] * self.factor, "pid": os.getpid()} for item in batch]
+
+class Broken:
+    signature = None
+
+    def load(self, context):
+        raise ValueError("its weights are garbage")
+
+    def predict(self, batch):
+        return batch
+'''
+
+
+def entry(name: str, class_name: str = "Double", more: str = "") -> str:
+    return f"  - {{name: {name}, task: python, source: 'file:model.py', options: {{class: {class_name}{more}}}}}\n"
+
+
+def infer(url: str, model: str, values: list[float]) -> httpx.Response:
+    tensor = {"name": "x", "datatype": "FP32", "shape": [1, len(values)], "data": values}
+    return httpx.post(f"{url}/v2/models/{model}/infer", json={"inputs": [tensor]}, timeout=60)
+
+
+def answer(url: str, model: str) -> tuple[list[float], int]:
+    """Return what a model makes of [1, 2], and its process id."""
+    response = infer(url, model, [1, 2])
+    assert response.status_code == 200, response.text
+    outputs = {tensor["name"]: tensor["data"] for tensor in response.json()["outputs"]}
+    return outputs["y"], outputs["pid"][0]
+
+
+@pytest.fixture(scope="module")
+def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("platform")
+    (folder / "model.py").write_text(CLASS)
+    declaration = folder / "models.yaml"
+    declaration.write_text("models:\n" + entry("one") + entry("two"))
+    with running_platform(declaration, folder) as running:
+        running.wait_for("one")
+        running.wait_for("two")
+        yield running
+
+
+class Load:
+    """Steady requests to one model from a thread; what they were answered with."""
+
+    def __init__(self, url: str, model: str) -> None:
+        self.statuses: Counter[int] = Counter()
+        self._url, self._model = url, model
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        with httpx.Client(timeout=60) as client:
+            tensor = {"name": "x", "datatype": "FP32", "shape": [1, 1], "data": [1]}
+            while not self._stop.wait(0.01):
+                try:
+                    response = client.post(f"{self._url}/v2/models/{self._model}/infer", json={"inputs": [tensor]})
+                    self.statuses[response.status_code] += 1
+                except httpx.HTTPError:
+                    self.statuses[-1] += 1
+
+    def __enter__(self) -> Load:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def test_a_users_class_answers(platform: Running):
+    values, _ = answer(platform.url, "one")
+    assert values == [2, 4]
+
+
+def test_an_edit_changes_only_its_model(platform: Running):
+    _, one_before = answer(platform.url, "one")
+    with Load(platform.url, "one") as load:
+        platform.declaration.write_text("models:\n" + entry("one") + entry("two", more=", arguments: {factor: 3}"))
+        wait_until(lambda: answered(platform.url, "two") == [3, 6])
+    values, one_after = answer(platform.url, "one")
+    assert (values, one_after) == ([2, 4], one_before)
+    assert set(load.statuses) == {200}
+
+
+def test_a_wrong_edit_changes_nothing(platform: Running):
+    before = platform.declaration.read_text()
+    _, pid = answer(platform.url, "one")
+    platform.declaration.write_text(before.replace("task: python", "taks: python", 1))
+    wait_until(lambda: "did you mean" in platform.log.read_text())
+    assert answer(platform.url, "one")[1] == pid
+    platform.declaration.write_text(before)
+
+
+def test_a_model_that_fails_says_why_and_stops_nobody(platform: Running):
+    before = platform.declaration.read_text()
+    platform.declaration.write_text(before + entry("bad", "Broken"))
+    platform.wait_for("bad", "failed")
+    response = infer(platform.url, "bad", [1])
+    assert response.status_code == 503
+    assert "its weights are garbage" in response.json()["error"]
+    assert "Retry-After" in response.headers
+    assert answer(platform.url, "one")[0] == [2, 4]
+    platform.declaration.write_text(before)
+    wait_until(lambda: all(found["name"] != "bad" for found in platform.index()))
+
+
+def test_a_killed_replica_comes_back_and_the_others_do_not_notice(platform: Running):
+    _, victim = answer(platform.url, "two")
+    with Load(platform.url, "one") as other, Load(platform.url, "two") as own:
+        wait_until(lambda: own.statuses[200] > 20)
+        os.kill(victim, signal.SIGKILL)
+        wait_until(lambda: answered(platform.url, "two") == [3, 6])
+    assert answer(platform.url, "two")[1] != victim
+    assert set(other.statuses) == {200}
+    # What a client sees meanwhile, as the README says: 500 for what was in flight, then 503 with Retry-After.
+    assert set(own.statuses) <= {200, 500, 503}
+
+
+def test_status_is_json_for_scripts(platform: Running):
+    import json
+
+    done = platform.command("status", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert {model["name"]: model["phase"] for model in told["models"]} == {"one": "ready", "two": "ready"}
+
+
+def test_predict_asks_a_model(platform: Running):
+    done = platform.command("predict", "one", "1,2,3")
+    assert done.returncode == 0, done.stderr
+    assert "2, 4, 6" in done.stdout
+
+
+def test_a_taken_port_is_named(platform: Running):
+    done = platform.command("up", str(platform.declaration))
+    assert done.returncode == 1
+    assert str(platform.port) in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_down_leaves_no_process_port_or_file(tmp_path: Path):
+    (tmp_path / "model.py").write_text(CLASS)
+    declaration = tmp_path / "models.yaml"
+    declaration.write_text("models:\n" + entry("one"))
+    before = set(Path("/tmp").glob("rh-*"))
+    with running_platform(declaration, tmp_path) as running:
+        running.wait_for("one")
+        family = psutil.Process(running.process.pid).children(recursive=True)
+        assert len(family) > 3
+        done = running.command("down")
+        assert done.returncode == 0, done.stderr
+        assert running.process.wait(timeout=60) == 0
+        assert [
+            process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        ] == []
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", running.port)) != 0
+        assert set(Path("/tmp").glob("rh-*")) <= before
+        assert running.command("status").returncode == 1
+        assert list((tmp_path / "state").glob("*")) == []
+
+
+def test_a_wrong_declaration_starts_nothing(tmp_path: Path):
+    import subprocess
+
+    declaration = tmp_path / "models.yaml"
+    declaration.write_text("models:\n  - name: a\n    taks: python\n")
+    done = subprocess.run([*COMMAND, "up", str(declaration)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "models.yaml:3" in done.stderr
+    assert "did you mean task" in done.stderr
+
+
+def answered(url: str, model: str) -> list[float] | None:
+    """Return what a model makes of [1, 2], or None while it does not answer."""
+    try:
+        return answer(url, model)[0]
+    except (AssertionError, httpx.HTTPError):
+        return None
+
+
+def wait_until(condition: object, within_s: float = 120.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.1)

@@ -126,6 +126,14 @@ def test_equal_models_have_one_revision_however_they_are_written():
     assert revision_of(short) == revision_of(long)
 
 
+def test_the_order_of_arguments_does_not_change_the_revision():
+    first, second = (
+        spec_of(task="python", options={"class": "Echo", "arguments": arguments})
+        for arguments in ({"a": 1, "b": 2}, {"b": 2, "a": 1})
+    )
+    assert revision_of(first) == revision_of(second)
+
+
 def test_a_revision_is_the_same_in_every_process():
     program = f"from serve.spec import *; print(revision_of(ModelSpec(**{MINIMAL!r})))"
     environment = os.environ | {"PYTHONHASHSEED": "7"}

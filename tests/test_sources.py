@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import io
+import json
 import os
 import random
 import re
@@ -32,7 +34,7 @@ from serve.settings import Settings
 from serve.sources import Source, fetch, parse_source
 from serve.sources.archive import unpack
 from serve.spec import ModelSpec
-from tests.file_server import FileServer, content, endless, file_server, redirect, status
+from tests.file_server import FileServer, Line, content, endless, file_server, redirect, status
 
 BODY = random.Random(7).randbytes(3 * 2**20 + 17)
 
@@ -745,3 +747,359 @@ class TestArchiveProperties:
             (Path(outer) / "folder").mkdir()
             (Path(outer) / name).write_bytes(body)
             unpack(Path(outer, name), Path(outer, "folder"), name=PurePosixPath(name), max_bytes=2**20, max_ratio=1e6)
+
+
+COMMIT, LATER = "c" * 40, "d" * 40
+CONFIG = b'{"model_type": "bert"}'
+
+
+def blob(body: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
+
+
+class Hub:
+    """A server that speaks the hub's API for one repository, and another that keeps its large files."""
+
+    def __init__(self, server: FileServer, store: FileServer) -> None:
+        self.server, self.store = server, store
+        self.publish(COMMIT, {"config.json": CONFIG, "README.md": b"#"}, {"model.safetensors": BODY})
+
+    def publish(self, commit: str, small: dict[str, bytes], large: dict[str, bytes], revision: str = "main") -> None:
+        api, tree = "/api/models/org/repo", []
+        info = {"id": "org/repo", "sha": commit, "siblings": [], "tags": [], "downloads": 0}
+        self.server.answers[f"{api}/revision/{revision}"] = reply(info)
+        for path, body in small.items():
+            tree.append({"type": "file", "path": path, "size": len(body), "oid": blob(body)})
+            headers = {"ETag": f'"{blob(body)}"', "X-Repo-Commit": commit}
+            self.server.answers[f"/org/repo/resolve/{commit}/{path}"] = content(body, headers=headers)
+        for path, body in large.items():
+            pointer = {"oid": sha256(body), "size": len(body), "pointerSize": 134}
+            tree.append({"type": "file", "path": path, "size": len(body), "oid": "e" * 40, "lfs": pointer})
+            tree.append({"type": "directory", "path": "onnx", "size": 0, "oid": "f" * 40})
+            there = f"{self.store.url}/{sha256(body)}"
+            self.server.answers[f"/org/repo/resolve/{commit}/{path}"] = redirect(there)
+            self.store.answers[f"/{sha256(body)}"] = content(body)
+        self.server.answers[f"{api}/tree/{commit}"] = reply(tree)
+
+
+def reply(value: object) -> Callable[..., None]:
+    return status(200, {"Content-Type": "application/json"}, json.dumps(value).encode())
+
+
+class TestHub:
+    @pytest.fixture
+    def hub(self, trusted: trustme.CA, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        with file_server() as server, file_server(server_context(trusted, "localhost")) as store:
+            yield Hub(server, store)
+
+    @pytest.fixture
+    def near(self, quick: Settings, hub: Hub) -> Settings:
+        """Settings of an operator who named the hub, and the store that it redirects to."""
+        update = {"hf_endpoint": hub.server.url, "allowed_hosts": (f"localhost:{hub.store.port}",)}
+        return quick.model_copy(update=update)
+
+    def test_a_repository_arrives_verified_and_stays(self, near: Settings, hub: Hub):
+        seen: list[tuple[int, int]] = []
+        folder = get(near, "hf:org/repo", lambda *now: seen.append(now))
+        assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
+        assert (folder / "model.safetensors").read_bytes() == BODY
+        assert seen[-1] == (len(BODY) + len(CONFIG), len(BODY) + len(CONFIG))
+        hub.server.seen.clear()
+        assert get(near, "hf:org/repo") == folder
+        assert [one.path for one in hub.server.seen] == ["/api/models/org/repo/revision/main"]
+
+    def test_the_token_goes_to_the_hub_alone(self, near: Settings, hub: Hub):
+        get(near, "hf:org/repo")
+        assert {one.headers.get("authorization") for one in hub.server.seen} == {"Bearer hf_secret"}
+        assert hub.store.seen
+        assert not any("hf_secret" in str(one.headers) for one in hub.store.seen)
+
+    def test_a_moved_branch_is_another_folder_and_a_commit_stays(self, near: Settings, hub: Hub):
+        first = get(near, "hf:org/repo")
+        hub.publish(LATER, {"config.json": b"{}"}, {"model.safetensors": BODY[:999]})
+        second = get(near, "hf:org/repo")
+        assert (second / "model.safetensors").read_bytes() == BODY[:999]
+        hub.server.answers.clear()
+        assert get(near, "hf:org/repo", revision=COMMIT) == first
+
+    def test_offline_takes_what_the_branch_last_was(self, near: Settings, hub: Hub):
+        folder = get(near, "hf:org/repo")
+        hub.server.seen.clear()
+        offline = near.model_copy(update={"offline": True})
+        assert get(offline, "hf:org/repo") == folder
+        assert get(offline, "hf:org/repo", revision=COMMIT) == folder
+        for source, revision in (("hf:org/repo", "v2"), ("hf:org/repo", LATER), ("hf:org/other", "main")):
+            with pytest.raises(SourceError, match="offline is set"):
+                get(offline, source, revision=revision)
+        assert not hub.server.seen
+
+    def test_a_hub_that_is_down_does_not_stop_a_cached_model(self, near: Settings, hub: Hub):
+        folder = get(near, "hf:org/repo")
+        hub.server.answers["/api/models/org/repo/revision/main"] = status(503)
+        assert get(near, "hf:org/repo") == folder
+        with pytest.raises(SourceError, match="gave up"):
+            get(near, "hf:org/repo/config.json")
+
+    def test_a_file_or_a_folder_of_it_may_be_named(self, near: Settings, hub: Hub):
+        hub.publish(COMMIT, {"a/config.json": CONFIG, "a/x.md": b"#", "b/config.json": b"{}"}, {"a/m.gguf": BODY})
+        file = get(near, "hf:org/repo/a/m.gguf")
+        assert (file.name, file.read_bytes()) == ("m.gguf", BODY)
+        folder = get(near, "hf:org/repo/a")
+        assert {path.name for path in folder.iterdir()} == {"config.json", "m.gguf"}
+        with pytest.raises(SourceError, match="has no 'c'; at its top are a, b"):
+            get(near, "hf:org/repo/c")
+
+    @pytest.mark.parametrize(
+        ("names", "weights"),
+        [
+            (["m.safetensors", "pytorch_model.bin", "m.onnx"], {"m.safetensors"}),
+            (["m.gguf", "pytorch_model.bin"], {"m.gguf"}),
+            (["pytorch_model.bin", "tf.h5"], {"pytorch_model.bin", "tf.h5"}),
+        ],
+    )
+    def test_pickles_come_only_where_there_is_nothing_else(
+        self, near: Settings, hub: Hub, names: list[str], weights: set[str]
+    ):
+        hub.publish(COMMIT, {"config.json": CONFIG, "run.py": b"1"}, {name: name.encode() for name in names})
+        assert {path.name for path in get(near, "hf:org/repo").iterdir()} == {"config.json", *weights}
+        own = get(near, "hf:org/repo", task="python")
+        assert {path.name for path in own.iterdir()} == {"config.json", "run.py", *names}
+
+    def test_a_break_goes_on_where_it_was(self, near: Settings, hub: Hub):
+        path = f"/{sha256(BODY)}"
+        hub.store.once[path] = [content(BODY, cut_after=2**20)]
+        assert (get(near, "hf:org/repo") / "model.safetensors").read_bytes() == BODY
+        assert [one.headers.get("range") for one in hub.store.asked(path)] == [None, "bytes=1048576-"]
+
+    @pytest.mark.parametrize("path", ["config.json", "model.safetensors"])
+    def test_content_that_is_not_what_was_listed_is_refused(self, near: Settings, hub: Hub, path: str):
+        wrong = (CONFIG if path == "config.json" else BODY)[::-1]
+        hub.server.answers[f"/org/repo/resolve/{COMMIT}/{path}"] = content(wrong)
+        with pytest.raises(SourceError, match="sent what has"):
+            get(near, "hf:org/repo")
+        assert not [folder for folder in near.cache_dir.rglob(f"{COMMIT}*") if folder.is_dir()]
+
+    def test_a_store_that_the_operator_did_not_name_is_not_asked(self, near: Settings, hub: Hub):
+        with pytest.raises(SourceError, match="redirects to another host"):
+            get(near.model_copy(update={"allowed_hosts": ()}), "hf:org/repo")
+        assert not hub.store.seen
+
+    def test_a_name_that_leads_out_is_refused(self, near: Settings, hub: Hub):
+        hub.publish(COMMIT, {"../../evil.json": CONFIG}, {})
+        with pytest.raises(SourceError, match="not a name"):
+            get(near, "hf:org/repo")
+        assert left_behind(near.cache_dir) == []
+
+    @pytest.mark.parametrize(
+        ("code", "says", "fix"),
+        [(404, "RepoNotFound", "is the name right"), (404, "RevisionNotFound", "no revision 'main'"),
+         (403, "GatedRepo", "HF_TOKEN"), (401, "", "is HF_TOKEN right")],
+    )  # fmt: skip
+    def test_what_the_hub_refuses_says_what_to_do(self, near: Settings, hub: Hub, code: int, says: str, fix: str):
+        refusal = status(code, {"X-Error-Code": says, "X-Error-Message": "no"})
+        hub.server.answers["/api/models/org/repo/revision/main"] = refusal
+        with pytest.raises(SourceError, match=fix):
+            get(near, "hf:org/repo")
+
+    def test_partial_files_of_a_superseded_commit_go(self, near: Settings, hub: Hub):
+        hub.store.answers[f"/{sha256(BODY)}"] = content(BODY, cut_after=1000)
+        with pytest.raises(SourceError, match="gave up"):
+            get(near, "hf:org/repo")
+        assert left_behind(near.cache_dir)
+        hub.publish(LATER, {"config.json": b"{}"}, {"model.safetensors": BODY[:999]})
+        folder = get(near, "hf:org/repo")
+        kept = {path for path in left_behind(near.cache_dir) if not path.name.startswith("at-")}
+        assert kept == {folder / "config.json", folder / "model.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    from moto.server import ThreadedMotoServer
+
+    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running.start()
+    yield running.get_host_and_port()[1]
+    running.stop()
+
+
+class TestS3:
+    @pytest.fixture
+    def client(self, port: int, monkeypatch: pytest.MonkeyPatch):
+        import boto3
+
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}")
+        client.create_bucket(Bucket="bucket")
+        yield client
+        for one in client.list_objects_v2(Bucket="bucket").get("Contents", []):
+            client.delete_object(Bucket="bucket", Key=one["Key"])
+        client.close()
+
+    @pytest.fixture
+    def near(self, quick: Settings, port: int) -> Settings:
+        return quick.model_copy(update={"s3_endpoint": f"http://127.0.0.1:{port}"})
+
+    def put(self, client, **bodies: bytes) -> None:
+        for key, body in bodies.items():
+            client.put_object(Bucket="bucket", Key=key.replace("__", "/"), Body=body)
+
+    def test_a_prefix_arrives_and_its_neighbours_do_not(self, near: Settings, client):
+        self.put(client, m__config=CONFIG, m__sub__w=BODY, m__=b"", m2__x=b"x", m__empty=b"")
+        seen: list[tuple[int, int]] = []
+        folder = get(near, "s3://bucket/m", lambda *now: seen.append(now))
+        files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        assert files == {"config": CONFIG, "sub/w": BODY, "empty": b""}
+        assert seen[-1] == (len(BODY) + len(CONFIG), len(BODY) + len(CONFIG))
+        assert get(near, "s3://bucket/m/") == folder
+        assert get(near, "s3://bucket/m/sub/w").read_bytes() == BODY
+
+    def test_a_listing_of_many_pages_is_whole(self, near: Settings, client, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "3")
+        self.put(client, **{f"m__{number}": b"%d" % number for number in range(10)})
+        assert client.list_objects_v2(Bucket="bucket")["IsTruncated"]
+        assert sorted(int(path.read_text()) for path in get(near, "s3://bucket/m").iterdir()) == list(range(10))
+
+    def test_a_changed_prefix_is_another_folder(self, near: Settings, client):
+        self.put(client, m__config=CONFIG)
+        first = get(near, "s3://bucket/m")
+        self.put(client, m__config=b"{}")
+        second = get(near, "s3://bucket/m")
+        assert (first / "config").read_bytes() == CONFIG
+        assert (second / "config").read_bytes() == b"{}"
+        assert get(near.model_copy(update={"offline": True}), "s3://bucket/m") == second
+
+    def test_an_object_stored_in_parts_arrives(self, near: Settings, client):
+        upload = client.create_multipart_upload(Bucket="bucket", Key="m/w")["UploadId"]
+        parts = []
+        for number, body in enumerate((bytes(5 * 2**20), BODY), start=1):
+            part = client.upload_part(Bucket="bucket", Key="m/w", UploadId=upload, PartNumber=number, Body=body)
+            parts.append({"PartNumber": number, "ETag": part["ETag"]})
+        client.complete_multipart_upload(Bucket="bucket", Key="m/w", UploadId=upload, MultipartUpload={"Parts": parts})
+        assert (get(near, "s3://bucket/m") / "w").read_bytes() == bytes(5 * 2**20) + BODY
+
+    def test_a_break_goes_on_where_it_was(self, near: Settings, client, port: int):
+        body = BODY * 4
+        self.put(client, m__w=body)
+        line = Line(port)
+        broken = near.model_copy(update={"s3_endpoint": f"http://127.0.0.1:{line.port}"})
+        line.allow(10 * 2**20)
+        with pytest.raises(SourceError, match="gave up after 3 tries"):
+            get(broken, "s3://bucket/m")
+        assert not list(near.cache_dir.rglob("w"))
+        line.allow(None)
+        assert (get(broken, "s3://bucket/m") / "w").read_bytes() == body
+        starts = [int(start) for start in re.findall(rb"[Rr]ange: bytes=(\d+)-", line.sent)]
+        assert starts == [8 * 2**20]
+        line.close()
+
+    def test_one_that_is_killed_is_gone_on_with(self, near: Settings, client, port: int):
+        body = BODY * 4
+        self.put(client, m__w=body)
+        line = Line(port)
+        there = near.model_copy(update={"s3_endpoint": f"http://127.0.0.1:{line.port}", "download_timeout_s": 60.0})
+        killed = fetch_elsewhere(there, spec("s3://bucket/m"))
+        while sum(path.stat().st_size for path in left_behind(near.cache_dir)) < 2**23:
+            assert killed.poll() is None
+        killed.send_signal(signal.SIGKILL)
+        killed.communicate(timeout=60)
+        assert (get(there, "s3://bucket/m") / "w").read_bytes() == body
+        line.close()
+
+    def test_a_store_that_is_down_does_not_stop_a_cached_model(self, near: Settings, client, port: int):
+        self.put(client, m__config=CONFIG)
+        line = Line(port)
+        there = near.model_copy(update={"s3_endpoint": f"http://127.0.0.1:{line.port}"})
+        folder = get(there, "s3://bucket/m")
+        line.allow(0)
+        assert get(there, "s3://bucket/m") == folder
+        with pytest.raises(SourceError, match="cannot be reached"):
+            get(there, "s3://bucket/other")
+        line.close()
+
+    @pytest.mark.parametrize("source", ["s3://bucket/absent", "s3://absent/m"])
+    def test_what_is_not_there_says_so(self, near: Settings, client, source: str):
+        with pytest.raises(SourceError, match="nothing is there"):
+            get(near, source)
+
+    def test_offline_and_not_cached_is_an_error(self, near: Settings, client):
+        self.put(client, m__config=CONFIG)
+        with pytest.raises(SourceError, match="offline is set"):
+            get(near.model_copy(update={"offline": True}), "s3://bucket/m")
+
+    def test_a_key_that_leads_out_or_is_file_and_folder_is_refused(self, near: Settings, client):
+        client.put_object(Bucket="bucket", Key="bad/a/../../../evil", Body=b"x")
+        self.put(client, both__a=b"x", both__a__b=b"x")
+        with pytest.raises(SourceError, match="not a name"):
+            get(near, "s3://bucket/bad")
+        with pytest.raises(SourceError, match="both as a file and as a folder"):
+            get(near, "s3://bucket/both")
+        assert left_behind(near.cache_dir) == []
+
+    def test_content_that_is_not_what_was_listed_is_refused(self, quick: Settings, client):
+        with file_server() as liar:
+            liar.answers["/bucket"] = status(
+                200,
+                {"Content-Type": "application/xml"},
+                f"""<ListBucketResult><Name>bucket</Name><KeyCount>1</KeyCount><IsTruncated>false</IsTruncated><Contents>
+                <Key>m/w</Key><Size>{len(BODY)}</Size><ETag>"{hashlib.md5(BODY).hexdigest()}"</ETag>
+                <LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents></ListBucketResult>""".encode(),
+            )
+            liar.answers["/bucket/m/w"] = content(BODY[::-1])
+            with pytest.raises(SourceError, match="not what was stored"):
+                get(quick.model_copy(update={"s3_endpoint": liar.url}), "s3://bucket/m")
+            assert left_behind(quick.cache_dir) == []
+
+    def test_without_its_extra_it_says_what_to_install(self, quick: Settings, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setitem(sys.modules, "s3fs", None)
+        monkeypatch.setitem(sys.modules, "gcsfs", None)
+        with pytest.raises(SourceError, match=re.escape("pip install 'roundhouse-serve[s3]'")):
+            get(quick, "s3://bucket/m")
+        with pytest.raises(SourceError, match=re.escape("pip install 'roundhouse-serve[gcs]'")):
+            get(quick, "gs://bucket/m")
+
+
+class TestGoogle:
+    @pytest.fixture
+    def store(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
+        monkeypatch.setenv("NO_GCE_CHECK", "true")
+        with file_server() as running:
+            monkeypatch.setenv("STORAGE_EMULATOR_HOST", running.url)
+            items = [
+                {
+                    "kind": "storage#object",
+                    "name": name,
+                    "bucket": "bucket",
+                    "size": str(len(body)),
+                    "etag": f"of-{name}",
+                    "generation": "7",
+                    "md5Hash": base64.b64encode(hashlib.md5(body).digest()).decode(),
+                }
+                for name, body in (("m/config.json", CONFIG), ("m/sub/w", BODY * 4))
+            ]
+            running.answers["/storage/v1/b/bucket/o"] = reply({"kind": "storage#objects", "items": items})
+            running.answers["/download/storage/v1/b/bucket/o/m%2Fconfig.json"] = content(CONFIG)
+            running.answers["/download/storage/v1/b/bucket/o/m%2Fsub%2Fw"] = content(BODY * 4)
+            yield running
+
+    def test_a_prefix_arrives_and_stays(self, quick: Settings, store: FileServer):
+        folder = get(quick, "gs://bucket/m")
+        assert (folder / "sub" / "w").read_bytes() == BODY * 4
+        assert get(quick.model_copy(update={"offline": True}), "gs://bucket/m") == folder
+
+    def test_a_break_goes_on_where_it_was(self, quick: Settings, store: FileServer):
+        path = "/download/storage/v1/b/bucket/o/m%2Fsub%2Fw"
+        store.once[path] = [content(BODY * 4), content(BODY * 4, cut_after=1000)]
+        assert (get(quick, "gs://bucket/m") / "sub" / "w").read_bytes() == BODY * 4
+        assert [one.headers["range"].partition("-")[0] for one in store.asked(path)] == [
+            "bytes=0",
+            "bytes=8388608",
+            "bytes=8388608",
+        ]
+
+    def test_content_that_is_not_what_was_listed_is_refused(self, quick: Settings, store: FileServer):
+        store.answers["/download/storage/v1/b/bucket/o/m%2Fsub%2Fw"] = content((BODY * 4)[::-1])
+        with pytest.raises(SourceError, match="not what was stored"):
+            get(quick, "gs://bucket/m")

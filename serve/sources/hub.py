@@ -131,6 +131,8 @@ def _explained(source: Source, revision: str) -> Iterator[None]:
         raise SourceError(f"{source.root} has no {source.path!r} at {revision}") from error
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
+        if status in (401, 403):
+            raise SourceError(f"the hub answered {status}, access is denied; is HF_TOKEN right?") from error
         if status and status not in (408, 429) and status < 500:
             raise SourceError(f"the hub answered {status}: {error}") from error
         raise Broken(f"the hub answered {status}") from error

@@ -106,7 +106,7 @@ def parse_declaration(data: bytes, *, path: Path, base_dir: Path) -> Declaration
     """
     root, problems = read_tree(data, str(path))
     models: tuple[ModelSpec, ...] = ()
-    if root is None:
+    if root is None or (root.kind == "scalar" and root.scalar is None and not root.text):
         if not problems:
             problems.append(Problem(str(path), 1, 1, "", "is empty; begin with `models:` and a list below it"))
     elif root.kind != "mapping":

@@ -99,7 +99,7 @@ def source_scheme(source: str) -> str:
 
 def check_source(source: str) -> str:
     """Return the source as it is; raises where its scheme or form is none of `SOURCES`."""
-    scheme, colon, _ = source.partition(":")
+    scheme, colon, rest = source.partition(":")
     form = SOURCES.get(scheme) if colon else None
     if form is None:
         schemes = ", ".join(f"{name}:" for name in SOURCES)
@@ -108,7 +108,8 @@ def check_source(source: str) -> str:
             "{shown} does not begin with one of {schemes}",
             {"shown": repr(source), "schemes": schemes, "suggestion": _near_source(source)},
         )
-    if re.fullmatch(form[1], source, re.ASCII):
+    climbs = scheme in ("package", "hf", "s3", "gs") and {"", ".", ".."} & set(rest.strip("/").split("/"))
+    if re.fullmatch(form[1], source, re.ASCII) and not climbs:
         return source
     raise PydanticCustomError(
         "source",

@@ -230,6 +230,8 @@ def test_two_models_of_one_name_name_both_lines():
     [
         (b"", "models.yaml:1:1: is empty; begin with `models:` and a list below it"),
         (b"# only a comment\n", "models.yaml:1:1: is empty; begin with `models:` and a list below it"),
+        (b"---\n\n    ", "models.yaml:1:1: is empty; begin with `models:` and a list below it"),
+        (b"~", "models.yaml:1:1: nothing where the mapping `models:` belongs"),
         (b"- a\n", "models.yaml:1:1: a list where the mapping `models:` belongs"),
         (b"hello\n", "models.yaml:1:1: the text 'hello' where the mapping `models:` belongs"),
         (b"{}\n", "models.yaml:1:1: models: the key is required and missing"),

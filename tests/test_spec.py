@@ -59,7 +59,21 @@ def test_a_source_has_a_known_scheme_and_form(source: str):
 
 @pytest.mark.parametrize(
     "source",
-    ["", "minilm", "http://host/x", "file:", "hf:", "s3:bucket/x", "https:x", "package:../x", "https://me:pw@host/x"],
+    [
+        "",
+        "minilm",
+        "http://host/x",
+        "file:",
+        "hf:",
+        "s3:bucket/x",
+        "https:x",
+        "package:../x",
+        "package:a/../b",
+        "hf:org/..",
+        "s3://bucket/../x",
+        "gs://bucket//x",
+        "https://me:pw@host/x",
+    ],
 )
 def test_another_source_is_refused(source: str):
     with pytest.raises(ValidationError):

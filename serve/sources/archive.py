@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import lzma
 import stat
@@ -21,6 +22,8 @@ _BLOCK = 2**20
 #: Longest header of a tar member, which is read in one piece.
 _MAX_READ = 16 * 2**20
 _MAX_LINK = 1024
+#: What any archive may expand to, however small it is: names and padding compress well.
+_ALWAYS = 16 * 2**20
 _DAMAGED = (
     tarfile.TarError,
     zipfile.BadZipFile,
@@ -31,6 +34,8 @@ _DAMAGED = (
     EOFError,
     NotImplementedError,
     ValueError,
+    RuntimeError,
+    LookupError,
 )
 
 
@@ -51,7 +56,7 @@ class _Budget:
     """Bytes that an archive may still expand to."""
 
     def __init__(self, size: int, *, max_bytes: int, max_ratio: float) -> None:
-        self._allowed = min(max_bytes, int(size * max_ratio))
+        self._allowed = min(max_bytes, max(int(size * max_ratio), _ALWAYS))
         self._used = 0
         self.refusal = SourceError(
             f"the archive of {size} bytes expands past {self._allowed}; if that is right, raise "
@@ -76,10 +81,12 @@ class _Bounded:
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= _MAX_READ:
             raise SourceError(f"the archive has a header of {size} bytes; it is damaged or made to harm")
-        return self._stream.read(size)
+        data = self._stream.read(size)
+        self._budget.check(self._stream.tell())
+        return data
 
     def seek(self, position: int, whence: int = 0) -> int:
-        # What is skipped is expanded too.
+        # To skip is to expand too.
         self._budget.check(position)
         return self._stream.seek(position, whence)
 
@@ -116,6 +123,11 @@ def unpack(archive: Path, folder: Path, *, name: PurePosixPath, max_bytes: int, 
         raise SourceError(f"the archive puts {Path(error.filename).relative_to(folder)} below a file") from error
     except _DAMAGED as error:
         raise SourceError(f"{name} is damaged or is not what its name says: {error or type(error).__name__}") from error
+    except OSError as error:
+        # What the standard library raises of its own for data it cannot read, and for a place before the file's start.
+        if error.errno not in (None, errno.EINVAL):
+            raise
+        raise SourceError(f"{name} is damaged: {error}") from error
     # Links come last, so that nothing was written through one.
     for path, entry in links:
         _link(folder, path, entry)

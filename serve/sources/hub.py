@@ -207,10 +207,11 @@ def _client(settings: Settings) -> Client:
 def _wanted(client: Client, api: HfApi, repo: str, commit: str, file: RepoFile, settings: Settings) -> Wanted:
     from huggingface_hub import hf_hub_url
 
+    path = safe_path(file.path)
     url = hf_hub_url(repo, file.path, revision=commit, endpoint=api.endpoint)
     digest = Digest("sha256", file.lfs.sha256) if file.lfs else Digest("git", file.blob_id)
 
     def fill(part: Path, meter: Meter) -> None:
         download(client, url, part, digest=digest, size=file.size, limit=settings.max_unpacked_bytes, meter=meter)
 
-    return Wanted(safe_path(file.path), file.size, fill)
+    return Wanted(path, file.size, fill)

@@ -65,7 +65,6 @@ def parse_source(text: str) -> Source:
     if scheme in ("s3", "gs"):
         return _parse_bucket(scheme, rest[2:])
     parts = rest.strip("/").split("/")
-    _refuse_climbing(text, parts)
     named = 2 if scheme == "hf" else 1
     return Source(scheme, "/".join(parts[:named]), "/".join(parts[named:]))
 
@@ -74,10 +73,7 @@ def _parse_bucket(scheme: str, rest: str) -> Source:
     bucket, _, prefix = rest.partition("/")
     if not _BUCKET.fullmatch(bucket):
         raise SourceError(f"{scheme}://{rest}: {bucket!r} is not a bucket's name; give {scheme}://BUCKET/PREFIX")
-    prefix = prefix.strip("/")
-    if prefix:
-        _refuse_climbing(f"{scheme}://{rest}", prefix.split("/"))
-    return Source(scheme, bucket, prefix)
+    return Source(scheme, bucket, prefix.strip("/"))
 
 
 def _parse_https(text: str) -> Source:
@@ -93,9 +89,3 @@ def _parse_https(text: str) -> Source:
     if not text.isascii():
         raise SourceError(f"{shown}: has a character that is not ASCII; write it percent-encoded")
     return Source("https", url.netloc.lower(), url.path, url.query)
-
-
-def _refuse_climbing(text: str, parts: list[str]) -> None:
-    for part in parts:
-        if part in ("", ".", ".."):
-            raise SourceError(f"{text}: has {part!r} as a part of its path; name the folder itself")

@@ -55,8 +55,12 @@ def safe_path(name: str) -> PurePosixPath:
         SourceError: It is absolute, climbs with `..`, or has a part that no file system should be given.
     """
     parts = name.split("/")
-    bad = next((part for part in parts if part in ("", ".", "..") or len(part.encode()) > 255), None)
-    if bad is not None or len(name.encode()) > 1024 or re.search(r"[\x00-\x1f\x7f\\]", name):
+    if (
+        not name.isprintable()
+        or "\\" in name
+        or len(name.encode()) > 1024
+        or any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts)
+    ):
         raise SourceError(f"{name!r} is not a name that a file of a model may have; nothing was kept")
     return PurePosixPath(name)
 

@@ -98,6 +98,28 @@ async def test_load_gives_the_model_its_context(tmp_path: Path) -> None:
     await host.close()
 
 
+@pytest.mark.parametrize("names_a_file", [True, False])
+async def test_source_is_fetched_and_the_model_gets_its_folder_and_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names_a_file: bool
+) -> None:
+    seen: list[LoadContext] = []
+
+    class Curious(Echo):
+        def load(self, context: LoadContext) -> None:
+            seen.append(context)
+
+    monkeypatch.setattr("serve.models.build", lambda spec: Curious())
+    (tmp_path / "toy.py").touch()
+    declared = spec(source="file:toy.py" if names_a_file else f"file:{tmp_path}")
+    host = Host(declared, settings=Settings(cache_dir=tmp_path / "cache"), base_dir=tmp_path)
+    phases: list[Phase] = []
+    await host.load(phases.append)
+    assert phases[0] == Phase("downloading", declared.source)
+    assert seen[0].folder.resolve() == tmp_path.resolve()
+    assert seen[0].file == (seen[0].folder / "toy.py" if names_a_file else None)
+    await host.close()
+
+
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
@@ -299,7 +321,7 @@ async def test_stepped_model_streams_and_answers_whole() -> None:
             "completion_tokens": 3,
         }  # fmt: skip
         with pytest.raises(InvalidInput) as wrong:
-            await host.infer([{"prompt": b"500"}, {"prompt": b"x"}])
+            await host.infer([{"prompt": b"1000000000"}, {"prompt": b"x"}])
         assert wrong.value.place == "inputs row 1, prompt"
         await until(lambda: not model.active)
 

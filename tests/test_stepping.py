@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from serve.errors import Cancelled, DeadlineExceeded, InvalidInput, NotReady, Overloaded, PredictionFailed
 from serve.stepping import Generators, Stepper, Stream, WorkThread
@@ -74,6 +76,50 @@ async def test_streams_share_steps_and_late_ones_are_admitted_as_slots_fall_free
         stats = stepper.stats()
         assert stats.steps <= 11, "fourteen words: five steps of two, four of the last alone, up to two before company"
         assert (stats.queued, stats.running, stats.ended) == (0, 0, 4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    slots=st.integers(1, 3),
+    readers=st.lists(
+        st.tuples(st.sampled_from(["1", "3", "40", "bad", "x"]), st.none() | st.integers(0, 3)), max_size=12
+    ),
+)
+def test_every_stream_ends_once_and_every_slot_is_free_afterwards(
+    slots: int, readers: list[tuple[str, int | None]]
+) -> None:
+    async def read(stream: Stream, leaves_after: int | None) -> list[str] | Exception:
+        got: list[str] = []
+        try:
+            while leaves_after is None or len(got) < leaves_after:
+                got.append((await anext(stream))["text"])
+        except StopAsyncIteration:
+            return got
+        except (PredictionFailed, InvalidInput) as error:
+            return error
+        finally:
+            stream.close()
+        return got
+
+    async def story() -> None:
+        model = Words(slots=slots)
+        async with stepper_of(model) as stepper:
+            streams = [stepper.open(prompt(words)) for words, _ in readers]
+            results = await asyncio.gather(*(read(s, leaves) for s, (_, leaves) in zip(streams, readers, strict=True)))
+            for (words, leaves), result in zip(readers, results, strict=True):
+                if isinstance(result, Exception):
+                    assert isinstance(result, {"bad": PredictionFailed, "x": InvalidInput}[words])
+                elif leaves == 0:
+                    assert result == []
+                else:
+                    count = int(words) if leaves is None else min(int(words), leaves)
+                    assert result == [f"w{index} " for index in range(count)]
+            await until(lambda: not model.active and stepper.stats().running == 0)
+            assert stepper.stats().queued == 0
+            assert model.most <= slots
+            await stepper.drain()
+
+    asyncio.run(story())
 
 
 async def test_first_part_is_there_before_the_last_is_computed() -> None:

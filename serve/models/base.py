@@ -68,6 +68,7 @@ class LoadContext:
         max_batch_size: Items that `predict` will get at most.
         cache_dir: For what is converted once: `serve.cache.build_once(cache_dir, key, build)`.
         progress: Called with (what, done, total), total 0 where unknown.
+        file: The single file that the source names, where it names one.
     """
 
     folder: Path
@@ -78,6 +79,7 @@ class LoadContext:
     max_batch_size: int
     cache_dir: Path
     progress: Callable[[str, int, int], None]
+    file: Path | None = None
 
 
 @runtime_checkable

@@ -19,6 +19,11 @@ TASKS = {
 }
 
 
+def module_of(task: str) -> str:
+    """Return the module that a task's models are in."""
+    return TASKS[task].partition(":")[0]
+
+
 def build(spec: ModelSpec) -> Any:
     """Return the unloaded model (a `Model` or a `SteppedModel`) of a spec's task."""
     module, _, name = TASKS[spec.task].partition(":")

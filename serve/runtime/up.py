@@ -19,11 +19,11 @@ from serve.errors import SpecError
 from serve.runtime import state
 from serve.runtime.board import Board, settled, time_spent
 from serve.runtime.examples import curl
-from serve.runtime.platform import Platform, has_haproxy
+from serve.runtime.local import Platform, has_haproxy
 from serve.settings import Settings
 from serve.spec import ModelSpec
 
-_STARTING_POLL_S = 0.2
+_STARTING_POLL_S = 0.5
 _SETTLED_POLL_S = 1.0
 
 

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import secrets
 import shutil
 import signal
 import sys
@@ -21,6 +22,8 @@ from typing import Any
 import psutil
 
 from serve.errors import RoundhouseError
+from serve.models import module_of
+from serve.runtime import fork_server
 from serve.runtime.plan import Capacity, Changes, capacity, diff
 from serve.settings import Settings
 from serve.spec import ModelSpec
@@ -31,6 +34,9 @@ _PR_SET_CHILD_SUBREAPER = 36
 _OBJECT_STORE_BYTES = 80 * 2**20
 
 _DASHBOARD_PORT = 8265
+
+# Elsewhere system libraries do not survive a fork.
+_CAN_FORK = sys.platform == "linux"
 
 
 class PlatformError(RoundhouseError):
@@ -70,6 +76,13 @@ def ray_environment(folder: Path, *, ports: Sequence[int]) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "10",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Workers that Ray starts ahead belong to no driver yet, and could not be forked from one that does.
+        "RAY_enable_worker_prestart": "0",
+        "RAY_prestart_worker_first_driver": "0",
+        "RAY_raylet_start_wait_time_s": "120",
+        # Every process of this run, the fork server first, must find the same token from its beginning.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
         "RAY_DEDUP_LOGS": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         # A replica raises its own thread count to what its model declares; everything else needs one.
@@ -116,8 +129,11 @@ class Platform:
         _adopt_orphans()
         require_free_port(self._settings.host, self._settings.port)
         self._folder = Path(tempfile.mkdtemp(prefix="rh-", dir="/tmp"))
+        (self._folder / "token").write_text(secrets.token_hex(32))
         os.environ.update(ray_environment(self._folder, ports=_free_ports(5)))
         room = capacity(specs, cpus=os.cpu_count() or 1, memory_bytes=psutil.virtual_memory().available)
+        if _CAN_FORK:
+            fork_server.start(self._folder, modules=list(dict.fromkeys(module_of(spec.task) for spec in specs)))
         self._say("starting Ray")
         self._start_ray(room)
         self._say("starting Ray Serve")
@@ -130,7 +146,7 @@ class Platform:
         # The node's own processes take a while to come up; what Ray Serve needs is imported meanwhile.
         threading.Thread(target=importlib.import_module, args=("ray.serve",), daemon=True).start()
         try:
-            with _lean_node(dashboard=self._dashboard):
+            with _lean_node(dashboard=self._dashboard, fork=_CAN_FORK):
                 ray.init(
                     num_cpus=int(room.cpus + 0.999),
                     object_store_memory=_OBJECT_STORE_BYTES,
@@ -220,7 +236,7 @@ class Platform:
 
 
 @contextlib.contextmanager
-def _lean_node(*, dashboard: bool) -> Iterator[None]:
+def _lean_node(*, dashboard: bool, fork: bool) -> Iterator[None]:
     """Leave out what a local node has no use for and a start would wait for, some seconds and 200 MB together.
 
     That is the process that sizes clusters, the one that copies logs to a driver that shows none, and, unless it was
@@ -228,14 +244,24 @@ def _lean_node(*, dashboard: bool) -> Iterator[None]:
     """
     from ray._private import node, parameter
 
-    params, start_api_server = parameter.RayParams, node.Node.start_api_server
-    parameter.RayParams = functools.partial(params, no_monitor=True, include_log_monitor=False)
+    params, start_api_server, start_raylet = parameter.RayParams, node.Node.start_api_server, node.Node.start_raylet
+
+    def start_and_announce(self: Any, *arguments: Any, **named: Any) -> None:
+        start_raylet(self, *arguments, **named)
+        fork_server.announce(self.all_processes["raylet"][0].process.pid)
+
+    launcher = {}
+    if fork:
+        launcher = {"worker_path": str(fork_server.LAUNCHER)}
+        node.Node.start_raylet = start_and_announce
+    parameter.RayParams = functools.partial(params, no_monitor=True, include_log_monitor=False, **launcher)
     if not dashboard:
         node.Node.start_api_server = lambda self, **_: None  # noqa: ARG005
     try:
         yield
     finally:
-        parameter.RayParams, node.Node.start_api_server = params, start_api_server
+        parameter.RayParams = params
+        node.Node.start_api_server, node.Node.start_raylet = start_api_server, start_raylet
 
 
 def require_free_port(host: str, port: int) -> None:

@@ -1,0 +1,189 @@
+"""A process that has imported what every worker needs and forks, because each worker would import for seconds.
+
+Ray's controller, its proxies and every replica are workers of the same node. Forked from here they start in a tenth of
+a second instead of several, and share the imported pages. Linux only; nothing here starts a thread before a fork, which
+`serve` checks.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import gc
+import importlib
+import importlib.util
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from serve.runtime.launcher import SCRIPT_VARIABLE, SOCKET_VARIABLE, send_order
+
+LAUNCHER = Path(__file__).with_name("launcher.py")
+
+# What Ray imports itself, and what replicas need, as far as it can be had before Ray is.
+_BEFORE_RAY = (
+    "numpy",
+    "grpc",
+    "requests",
+    "jsonschema",
+    "aiohttp",
+    "uvicorn.main",
+    "serve.api.gateway_app",
+    "serve.host",
+)
+_RAY = (
+    "ray.serve._private.controller",
+    "ray.serve._private.haproxy",
+    "ray.serve._private.proxy",
+    "ray.serve._private.replica",
+    "serve.runtime.fallback",
+    "serve.runtime.replica",
+)
+# Ray's core reads these once, when it is imported; they are the same for every worker of one node and driver.
+_READ_ONCE = ("RAY_JOB_ID", "RAY_RAYLET_PID")
+_FIRST_JOB = "01000000"
+_IDLE_S = 0.05
+
+
+def start(folder: Path, *, modules: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Start a fork server whose socket is in `folder`, and name it in the environment for the launchers.
+
+    Args:
+        folder: Of a short path: Unix sockets allow about a hundred bytes.
+        modules: To import besides, while nobody waits for a fork.
+    """
+    address = folder / "fork"
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(address))
+    listener.listen(64)
+    os.environ[SOCKET_VARIABLE] = str(address)
+    os.environ[SCRIPT_VARIABLE] = _worker_script()
+    with listener, (folder / "fork.log").open("wb") as log:
+        return subprocess.Popen(  # noqa: S603
+            [sys.executable, "-m", "serve.runtime.fork_server", str(listener.fileno()), *modules],
+            pass_fds=[listener.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+def _worker_script() -> str:
+    """Return what Ray would have started, found without importing Ray."""
+    found = importlib.util.find_spec("ray")
+    if found is None or found.origin is None:
+        raise ImportError("Ray is not installed")
+    return str(Path(found.origin).with_name("_private") / "workers" / "default_worker.py")
+
+
+def announce(raylet_pid: int) -> None:
+    """Let the fork server of this process import Ray, now that the raylet is known, before anybody asks for a fork."""
+    order = {"environment": {"RAY_JOB_ID": _FIRST_JOB, "RAY_RAYLET_PID": str(raylet_pid)}}
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(os.environ[SOCKET_VARIABLE])
+        send_order(connection, order)
+
+
+def serve(listener: socket.socket, modules: Sequence[str]) -> None:
+    """Fork a worker for each launcher that connects, until the parent ends."""
+    parent = os.getppid()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    waiting = [*_BEFORE_RAY, *modules]
+    while os.getppid() == parent:
+        ready, _, _ = select.select([listener], [], [], _IDLE_S)
+        if ready:
+            connection, _ = listener.accept()
+            with contextlib.suppress(OSError, ValueError):  # the launcher died; the raylet asks again
+                order, streams = _receive(connection)
+                _import_ray(order["environment"])
+                if "arguments" in order:
+                    _fork(listener, connection, order, streams)
+            connection.close()
+        elif waiting:
+            with contextlib.suppress(ImportError):  # the replica that needs it will say so
+                importlib.import_module(waiting.pop(0))
+
+
+def _import_ray(environment: dict[str, str]) -> None:
+    if "ray" not in sys.modules:
+        os.environ.update({name: environment[name] for name in _READ_ONCE if name in environment})
+        for name in _RAY:
+            importlib.import_module(name)
+
+
+def _fork(listener: socket.socket, connection: socket.socket, order: dict[str, Any], streams: Sequence[int]) -> None:
+    if threading.active_count() != 1:
+        raise RuntimeError(f"a library started a thread before a fork: {threading.enumerate()}")
+    gc.freeze()
+    if os.fork():
+        for stream in streams:
+            os.close(stream)
+        return
+    listener.close()
+    _become(order, streams, connection)
+
+
+def _receive(connection: socket.socket) -> tuple[dict[str, Any], Sequence[int]]:
+    streams = array.array("i")
+    size = streams.itemsize * 3
+    head, ancillary, _, _ = connection.recvmsg(8, socket.CMSG_SPACE(size))
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            streams.frombytes(data[:size])
+    with connection.makefile("rb") as reader:
+        body = reader.read(int.from_bytes(head, "little"))
+    return json.loads(body), streams
+
+
+def _become(order: dict[str, Any], streams: Sequence[int], connection: socket.socket) -> None:
+    """Turn this fork into the worker that the launcher was asked for; does not return."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setpgid(0, 0)
+    os.chdir(order["folder"])
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    known = {name: os.environ.get(name) for name in _READ_ONCE}
+    os.environ.clear()
+    os.environ.update(order["environment"])
+
+    script = order["environment"][SCRIPT_VARIABLE]
+    if known != {name: os.environ.get(name) for name in _READ_ONCE}:
+        os.execv(sys.executable, [sys.executable, script, *order["arguments"]])  # noqa: S606 - another driver's worker
+    _reseed()
+    threading.Thread(target=_end_with, args=(connection,), name="launcher", daemon=True).start()
+    sys.argv = [script, *order["arguments"]]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _reseed() -> None:
+    """Give this fork random numbers of its own; Python's and the system's are so already."""
+    import numpy as np
+
+    np.random.seed(int.from_bytes(os.urandom(4), "little"))
+
+
+def _end_with(connection: socket.socket) -> None:
+    """End this worker when its launcher is killed."""
+    with contextlib.suppress(OSError):
+        while connection.recv(1):
+            pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])

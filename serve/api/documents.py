@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -221,7 +222,7 @@ def curl(name: str, task: str, base_url: str, *, request: str | None = None) -> 
     if endpoint == "audio/transcriptions":
         return f"curl {base_url}/v1/{endpoint} -F model={name} -F file=@speech.wav"
     if endpoint is not None:
-        return f"curl {base_url}/v1/{endpoint} -d '{json.dumps(openai_example(endpoint, name))}'"
+        return f"curl {base_url}/v1/{endpoint} -d {shlex.quote(json.dumps(openai_example(endpoint, name)))}"
     if task in _FILES:
         tensor, file = _FILES[task]
         before, after = json.dumps(_one_tensor(tensor, "BYTES", [1], ["|"])).split("|")
@@ -230,7 +231,7 @@ def curl(name: str, task: str, base_url: str, *, request: str | None = None) -> 
         )
     if task == "forecast":
         request = json.dumps(_one_tensor("series", "FP32", [1, 8], [1, 2, 3, 2, 1, 2, 3, 2]))
-    return f"curl {url}/infer -d '{request}'" if request else f"curl {url}"
+    return f"curl {url}/infer -d {shlex.quote(request)}" if request else f"curl {url}"
 
 
 def _one_tensor(name: str, datatype: str, shape: list[int], data: list[Any]) -> Document:

@@ -13,6 +13,7 @@ _FLOAT32 = frozenset({"float32"})
 
 #: Task -> types that its computation supports on each device; a task that is not here takes any.
 _DTYPES = {
+    "text-embedding": {"cpu": _FLOAT32, "cuda": _ANY},
     "speech-to-text": {"cpu": _FLOAT32, "cuda": _ANY},
     "forecast": {"cpu": _FLOAT32, "cuda": _FLOAT32},
     "voice-activity": {"cpu": _FLOAT32, "cuda": _FLOAT32},
@@ -50,6 +51,22 @@ def use_threads(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
+
+
+def use_numpy_threads(threads: int) -> None:
+    """Have numpy's matrix products compute with `threads` threads in this process.
+
+    Its OpenBLAS takes every core otherwise, and a replica that shares its cores would then wait for its own threads.
+    A numpy built upon another library (Accelerate on macOS) is left as it is.
+    """
+    from numpy.linalg import _umath_linalg
+
+    library = ctypes.CDLL(_umath_linalg.__file__)
+    for prefix, suffix in (("scipy_", "64_"), ("", "64_"), ("", "")):
+        name = f"{prefix}openblas_set_num_threads{suffix}"
+        if hasattr(library, name):
+            getattr(library, name)(ctypes.c_int(threads))
+            return
 
 
 def _decide_device(spec: ModelSpec) -> str:
@@ -105,4 +122,5 @@ _NO_GPU = (
 _CUDA_PROBES: dict[str, Callable[[], str | None]] = {
     "speech-to-text": _ctranslate2_lacks_cuda,
     "python": _driver_lacks_gpu,
+    "voice-activity": lambda: "voice-activity computes on the CPU alone: leave device and resources.gpus out",
 }

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from serve.errors import InvalidInput, LoadError, UnsupportedParameter
 from serve.models import audio
 from serve.models.base import Item, LoadContext, Signature, TensorSpec
+from serve.models.devices import use_numpy_threads
 from serve.spec import SpeechOptions
 
 _WINDOW_S = 30
@@ -66,6 +67,7 @@ class SpeechToText:
             LoadError: A file is absent or damaged, or the model does not know the language of the options.
         """
         self._options: SpeechOptions = context.options
+        use_numpy_threads(context.threads)
         context.progress("weights", 0, 1)
         folder = _model_folder(context.folder)
         self._model = _load_model(folder, context)

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 from typing import Any
 
 import pytest
+from numpy.linalg import _umath_linalg
 
 from serve.errors import LoadError
 from serve.models import devices
-from serve.models.devices import decide, use_threads
+from serve.models.devices import decide, use_numpy_threads, use_threads
 from serve.spec import ModelSpec
 
 
@@ -73,6 +75,12 @@ def test_cuda_asked_for_and_absent_is_an_error_with_a_fix(no_cuda: None, task: s
         decide(spec(task, device="cuda", resources={"gpus": 1.0}))
 
 
+def test_a_task_of_the_cpu_alone_says_so() -> None:
+    assert decide(spec("voice-activity", resources={"gpus": 0.5})) == ("cpu", "float32")
+    with pytest.raises(LoadError, match="voice-activity computes on the CPU alone"):
+        decide(spec("voice-activity", device="cuda", resources={"gpus": 0.5}))
+
+
 def test_a_torch_without_cuda_is_named(no_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.version.cuda", None)
     with pytest.raises(LoadError, match="is built without CUDA: install its CUDA build"):
@@ -80,11 +88,11 @@ def test_a_torch_without_cuda_is_named(no_cuda: None, monkeypatch: pytest.Monkey
 
 
 def test_a_dtype_asked_for_is_kept(cuda: None) -> None:
-    assert decide(spec("text-embedding", dtype="bfloat16")) == ("cpu", "bfloat16")
+    assert decide(spec("image-classification", dtype="bfloat16")) == ("cpu", "bfloat16")
     assert decide(spec("text-generation", dtype="float16", resources={"gpus": 1.0})) == ("cuda", "float16")
 
 
-@pytest.mark.parametrize("task", ["forecast", "voice-activity", "speech-to-text"])
+@pytest.mark.parametrize("task", ["forecast", "voice-activity", "speech-to-text", "text-embedding"])
 def test_a_dtype_that_the_task_cannot_compute_in_is_refused(task: str) -> None:
     with pytest.raises(LoadError, match=f"dtype float16 is not supported for {task} on cpu; .* set float32"):
         decide(spec(task, dtype="float16"))
@@ -100,6 +108,21 @@ def test_torch_computes_with_the_threads_given(threads: int) -> None:
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_numpy_computes_with_the_threads_given(threads: int) -> None:
+    library = ctypes.CDLL(_umath_linalg.__file__)
+    names = ("scipy_openblas_get_num_threads64_", "openblas_get_num_threads64_", "openblas_get_num_threads")
+    count = next((getattr(library, name) for name in names if hasattr(library, name)), None)
+    if count is None:
+        pytest.skip("this numpy is not built upon OpenBLAS")
+    before = count()
+    try:
+        use_numpy_threads(threads)
+        assert count() == threads
+    finally:
+        use_numpy_threads(before)
 
 
 @pytest.mark.gpu

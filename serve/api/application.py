@@ -12,7 +12,7 @@ from starlette.routing import BaseRoute, Route
 
 from serve.api.errors import MethodNotAllowed, PathNotFound, Shape, open_inference_shape, openai_shape, send_error
 from serve.api.wire import JSON_HEADER, Headers, Receive, Scope, Send, echoed, relative_path, send_bytes
-from serve.errors import ModelNotFound
+from serve.errors import Cancelled, ModelNotFound
 
 #: What answers one request: scope, its headers by name (the last of a name), receive, send.
 Answer = Callable[[Scope, dict[bytes, bytes], Receive, Send], Awaitable[None]]
@@ -50,6 +50,8 @@ class Endpoint:
         try:
             await self._answer(scope, headers, receive, tracked)
         except Exception as error:
+            if started and isinstance(error, Cancelled):
+                return
             if started:
                 raise
             await send_error(send, error, self._shape, extra=echoed(headers))

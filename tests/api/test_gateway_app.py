@@ -139,22 +139,21 @@ async def test_a_large_answer_and_a_large_request_pass_whole() -> None:
         assert data[0]["embedding"][0] == 25001
 
 
-async def test_a_client_that_leaves_the_gateway_frees_its_stream() -> None:
+@pytest.mark.parametrize("prompt", ["loop", "silence"])
+async def test_a_client_that_leaves_the_gateway_frees_its_stream(prompt: str) -> None:
     model = Talker()
-    async with (
-        hosted(spec("text-generation", name="talk"), model) as host,
-        platform(Models({"talk": "ready"}), ("talk", build_model_app(host, settings=SETTINGS))) as url,
-    ):
-        body = {"model": "talk", "prompt": "loop", "stream": True}
-        async with (
-            httpx.AsyncClient() as client,
-            client.stream("POST", f"{url}/v1/completions", json=body) as reply,
-        ):
-            async for line in reply.aiter_lines():
-                assert "again" in line
-                break
-        assert await asyncio.to_thread(model.released.wait, 10)
-        assert host.stats().running == 0
+    async with hosted(spec("text-generation", name="talk"), model) as host:
+        app = build_model_app(host, settings=SETTINGS)
+        async with platform(Models({"talk": "ready"}), ("talk", app)) as url, httpx.AsyncClient() as client:
+            model.released.clear()
+            body = {"model": "talk", "prompt": prompt, "stream": True}
+            asked = asyncio.ensure_future(client.post(f"{url}/v1/completions", json=body))
+            while not model.active:
+                await asyncio.sleep(0.01)
+            asked.cancel()
+            assert await asyncio.to_thread(model.released.wait, 10)
+            while host.stats().running:
+                await asyncio.sleep(0.01)
 
 
 @asynccontextmanager

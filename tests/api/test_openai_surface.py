@@ -185,28 +185,30 @@ async def test_what_goes_wrong_later_is_an_event() -> None:
         assert said == "well then "
 
 
-async def test_a_client_that_leaves_frees_its_streams() -> None:
+@pytest.mark.parametrize("prompt", ["loop", "silence"])
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_leaves_frees_its_streams(prompt: str, stream: bool) -> None:
     model = Talker()
-    async with (
-        hosted(spec("text-generation"), model) as host,
-        listening(build_model_app(host, settings=SETTINGS)) as url,
-        client(url) as ask,
-    ):
-        stream = await ask.completions.create(model="toy", prompt="loop", stream=True, n=3)
-        async for _ in stream:
-            break
-        await stream.close()
-        assert await asyncio.to_thread(model.released.wait, 10)
-        while host.stats().running:
-            await asyncio.sleep(0.01)
-        assert not model.active
+    async with hosted(spec("text-generation"), model) as host:
+        app = build_model_app(host, settings=SETTINGS, watch_disconnect=True)
+        async with listening(app) as url, httpx.AsyncClient(base_url=url) as ask:
+            model.released.clear()
+            body = {"model": "toy", "prompt": prompt, "stream": stream, "n": 3}
+            asked = asyncio.ensure_future(ask.post("/v1/completions", json=body))
+            while len(model.active) < 3:
+                await asyncio.sleep(0.01)
+            asked.cancel()
+            assert await asyncio.to_thread(model.released.wait, 10)
+            while host.stats().running:
+                await asyncio.sleep(0.01)
+            assert not model.active
 
 
 async def test_a_cancelled_request_frees_its_stream() -> None:
     model = Talker()
     async with hosted(spec("text-generation"), model) as host, direct(build_model_app(host, settings=SETTINGS)) as ask:
-        body = {"model": "toy", "prompt": "loop"}
-        asked = asyncio.ensure_future(ask.post("/v1/completions", json=body))
+        model.released.clear()
+        asked = asyncio.ensure_future(ask.post("/v1/completions", json={"model": "toy", "prompt": "silence"}))
         while not model.active:
             await asyncio.sleep(0.01)
         asked.cancel()

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -103,7 +104,7 @@ class Everything(Plain):
 
 
 class Talker(Plain):
-    """Says the words of the prompt, or of the last message, one a step; `loop` goes on for ever."""
+    """Says the words of the prompt, or of the last message, one a step; `loop` and `silence` go on for ever."""
 
     slots = 4
     signature = Signature(
@@ -148,6 +149,9 @@ class Talker(Plain):
         words = state["words"]
         if words[0] == "loop":
             return Step(key, {"text": "again ", "token_ids": [1]})
+        if words[0] == "silence":
+            time.sleep(0.001)
+            return Step(key, None)
         if words[state["said"]] == "crash":
             del self.active[key]
             return Step(key, None, done=True, error=ValueError("crash"))

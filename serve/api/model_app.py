@@ -30,7 +30,7 @@ from serve.api.wire import (
     send_bytes,
     unless_disconnected,
 )
-from serve.errors import Cancelled, InvalidInput, ModelNotFound, NotReady
+from serve.errors import InvalidInput, ModelNotFound, NotReady
 from serve.host import Host
 from serve.models.base import Item
 from serve.settings import Settings
@@ -270,9 +270,6 @@ class ModelRoutes:
                         await _send_events(send, events)
                 closing = told.closing([last[index] for index in sorted(last)])
                 await _send_events(send, [closing] if closing else [], end=b"data: [DONE]\n\n")
-        except Cancelled:
-            if not started:
-                raise
         except Exception as error:
             if not started:
                 raise

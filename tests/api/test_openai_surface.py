@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from serve.api.model_app import build_model_app
+from serve.models.base import Step
 from serve.settings import Settings
 from tests.api.toys import Embedder, Listener, Talker, direct, hosted, listening, spec
 
@@ -232,3 +233,28 @@ async def test_transcriptions() -> None:
         with pytest.raises(openai.BadRequestError) as caught:
             await ask.audio.transcriptions.create(model="toy", file=("a.txt", b"some text"))
         assert (caught.value.param, "no sound file" in str(caught.value)) == ("file", True)
+
+
+async def test_a_reader_that_falls_behind_is_told() -> None:
+    class Flood(Talker):
+        def _step(self, key: int, state: dict[str, Any]) -> Step:
+            return Step(key, {"text": "again ", "token_ids": [1]})
+
+    async with hosted(spec("text-generation"), Flood()) as host:
+        app = build_model_app(host, settings=SETTINGS)
+        sent: list[bytes] = []
+        body = json.dumps({"model": "toy", "prompt": "x", "stream": True}).encode()
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> Any:
+            return messages.pop() if messages else await asyncio.Future()
+
+        async def send(message: Any) -> None:
+            sent.append(message.get("body", b""))
+            while len(sent) == 2 and host.stats().running:
+                await asyncio.sleep(0.01)
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+        await app(scope, receive, send)
+    assert b"parts behind" in b"".join(sent[-2:])
+    assert b"[DONE]" not in b"".join(sent)

@@ -147,11 +147,9 @@ class Talker(Plain):
 
     def _step(self, key: int, state: dict[str, Any]) -> Step:
         words = state["words"]
-        if words[0] == "loop":
-            return Step(key, {"text": "again ", "token_ids": [1]})
-        if words[0] == "silence":
+        if words[0] in ("loop", "silence"):
             time.sleep(0.001)
-            return Step(key, None)
+            return Step(key, {"text": "again ", "token_ids": [1]} if words[0] == "loop" else None)
         if words[state["said"]] == "crash":
             del self.active[key]
             return Step(key, None, done=True, error=ValueError("crash"))

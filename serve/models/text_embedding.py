@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tokenizers import Encoding, Tokenizer
 
 from serve.errors import InvalidInput, LoadError
 from serve.models.base import Item, LoadContext, Signature, TensorSpec
-from serve.models.bert import Bert
+from serve.models.bert import load_bert
 from serve.spec import EmbeddingOptions
 
 #: Characters of the first look at a long text, for each token that the model takes; most texts have fewer.
@@ -36,23 +35,32 @@ class TextEmbedding:
             LoadError: A file is absent or damaged, the architecture is not supported, or `max_tokens` is too large.
         """
         self._options: EmbeddingOptions = context.options
-        torch.set_num_threads(context.threads)
-        context.progress("weights", 0, 1)
-        self._encoder = Bert(context.folder, device=context.device, dtype=context.dtype)
-        positions = self._encoder.config.max_position_embeddings
-        self._max_tokens = _token_limit(context.folder, self._options, positions=positions)
-        self._tokenizer = _load_tokenizer(context.folder, max_tokens=self._max_tokens)
+        context.progress("weights", 0, 0)
+        self._encoder = load_bert(
+            context.folder,
+            device=context.device,
+            dtype=context.dtype,
+            threads=context.threads,
+            cache_dir=context.cache_dir,
+        )
+        config = self._encoder.config
+        self._tokenizer = _load_tokenizer(context.folder, vocab_size=config.vocab_size)
         self._special = self._tokenizer.num_special_tokens_to_add(is_pair=False)
-        self.signature = _signature(self._encoder.config.hidden_size)
-        context.progress("weights", 1, 1)
+        self._max_tokens = _token_limit(context.folder, self._options, positions=config.max_position_embeddings)
+        if self._max_tokens <= self._special:
+            raise LoadError(
+                f"options.max_tokens is {self._max_tokens}; the tokenizer alone adds {self._special} to every text"
+            )
+        self._tokenizer.enable_truncation(self._max_tokens)
+        self.signature = _signature(config.hidden_size)
 
     def prepare(self, item: Item) -> list[int]:
         """Return the token ids of `item["text"]`, special tokens included.
 
         Raises:
-            InvalidInput: It is no UTF-8, holds no token, or is too long while `truncate` is off.
+            InvalidInput: It is absent, no UTF-8, holds no token, or is too long while `truncate` is off.
         """
-        encoding = self._encode(_decoded(item["text"]))
+        encoding = self._encode(_decoded(item.get("text")))
         if len(encoding.ids) <= self._special:
             raise InvalidInput("the text is empty", place="text")
         if encoding.overflowing and not self._options.truncate:
@@ -70,27 +78,24 @@ class TextEmbedding:
 
     def predict(self, batch: Sequence[Sequence[int]]) -> list[Mapping[str, Any]]:
         """Return `embedding` (float32 [D]) and `token_count` of each row."""
-        with torch.inference_mode():
-            states = self._encoder(batch)
-            if self._options.pooling == "mean":
-                pooled = torch.stack([state.mean(dim=0) for state in states])
-            else:
-                pooled = torch.stack([state[0] for state in states])
-            pooled = pooled.float()
-            if self._options.normalize:
-                pooled = torch.nn.functional.normalize(pooled)
-            rows: np.ndarray = pooled.cpu().numpy()
+        rows = self._encoder.pooled(batch, self._options.pooling)
+        if self._options.normalize:
+            rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
         return [{"embedding": row, "token_count": len(ids)} for row, ids in zip(rows, batch, strict=True)]
 
     def _encode(self, text: str) -> Encoding:
         """Tokenise as much of the text as decides its first `max_tokens` tokens."""
         end = self._max_tokens * _CHARACTERS_PER_TOKEN
         while end < len(text):
-            encoding = self._tokenizer.encode(text[:end])
+            encoding = self._tokens(text[:end])
             if sum(len(part.ids) for part in encoding.overflowing) > _LONGEST_WORD:
                 return encoding
             end *= 4
-        return self._tokenizer.encode(text)
+        return self._tokens(text)
+
+    def _tokens(self, text: str) -> Encoding:
+        # `encode` would hold the GIL, and with it the event loop, for as long as it takes.
+        return self._tokenizer.encode_batch_fast([text])[0]
 
 
 def _decoded(value: Any) -> str:
@@ -108,14 +113,15 @@ def _decoded(value: Any) -> str:
     raise InvalidInput(f"the text is of type {type(value).__name__}; a string is wanted", place="text")
 
 
-def _load_tokenizer(folder: Path, *, max_tokens: int) -> Tokenizer:
+def _load_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer:
     path = folder / "tokenizer.json"
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the bindings raise nothing narrower
         raise LoadError(f"{path} cannot be read: {error}") from error
+    if tokenizer.get_vocab_size() > vocab_size:
+        raise LoadError(f"{path} has {tokenizer.get_vocab_size()} tokens and the model {vocab_size}")
     tokenizer.no_padding()
-    tokenizer.enable_truncation(max_tokens)
     return tokenizer
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 
@@ -29,7 +30,7 @@ class TensorSpec:
         shape: Dimensions, the batch first; -1 is any length.
         description: What it means, with units.
         optional: A request may leave it out (inputs only).
-        content: `base64` where a JSON string holds encoded bytes (a picture, a sound file); else a JSON string is UTF-8.
+        content: `base64` where a JSON string holds encoded bytes (a picture, a sound file); else it is UTF-8.
     """
 
     name: str
@@ -53,6 +54,57 @@ class Signature:
     outputs: tuple[TensorSpec, ...]
     parameters: Mapping[str, str] = field(default_factory=dict)
     example: Item | None = None
+
+    @classmethod
+    def of(
+        cls,
+        inputs: Mapping[str, str],
+        outputs: Mapping[str, str],
+        *,
+        parameters: Mapping[str, str] | None = None,
+        example: Item | None = None,
+    ) -> Signature:
+        """Return a signature whose tensors are written as text: `{"image": "BYTES [-1] base64: a photograph"}`.
+
+        Args:
+            inputs: Name -> datatype, shape with the batch first, `base64` and `optional` where they apply, and after a
+                colon the meaning.
+            outputs: As `inputs`.
+
+        Raises:
+            ValueError: A text is not of that form.
+        """
+        return cls(
+            inputs=tuple(_parse_tensor(name, text) for name, text in inputs.items()),
+            outputs=tuple(_parse_tensor(name, text) for name, text in outputs.items()),
+            parameters=parameters or {},
+            example=example,
+        )
+
+
+_TENSOR = re.compile(
+    r"(?P<datatype>\w+) *\[(?P<shape>[-\d, ]+)\](?P<base64> +base64)?(?P<optional> +optional)?(?: *:(?P<meaning>.*))?",
+    re.ASCII | re.DOTALL,
+)
+
+
+def _parse_tensor(name: str, text: str) -> TensorSpec:
+    parts = _TENSOR.fullmatch(text)
+    sizes = [size.strip() for size in parts["shape"].split(",")] if parts else []
+    known = parts is not None and parts["datatype"] in get_args(Datatype)
+    if not parts or not known or not all(re.fullmatch(r"-1|\d+", size, re.ASCII) for size in sizes):
+        raise ValueError(
+            f"tensor {name!r} is {text!r}; a datatype ({', '.join(get_args(Datatype))}) and a shape are wanted, "
+            "such as 'FP32 [-1, 3]: what it means'"
+        )
+    return TensorSpec(
+        name,
+        parts["datatype"],  # type: ignore[arg-type]
+        tuple(map(int, sizes)),
+        (parts["meaning"] or "").strip(),
+        optional=parts["optional"] is not None,
+        content="base64" if parts["base64"] else "text",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +142,7 @@ class Model(Protocol):
         `prepare(item) -> prepared`: decode or tokenise one item ahead of `predict`, on a thread of its own, several at
             a time; raises `InvalidInput`. Without it, `predict` gets the items themselves.
         `cost(prepared) -> int`: the item's cost in the unit of `batching.max_batch_cost`; without it, 1.
-        `padded: bool`: true where a batch costs its size times its longest item, false (default) where it costs the sum.
+        `padded: bool`: true where a batch costs its size times its longest item; else it costs their sum.
         `stream(prepared) -> Iterator[dict]`: the answer in parts.
         `close()`: give back what `load` took.
     """
@@ -103,7 +155,7 @@ class Model(Protocol):
     def predict(self, batch: Sequence[Any]) -> Sequence[Mapping[str, Any] | Exception]:
         """Answer a batch: as many results as items, in order, each the output tensors of one row, or its exception.
 
-        Called from one thread, one batch at a time. If it raises, the batch is run again in halves to find the bad item.
+        Called from one thread, one batch at a time. If it raises, halves of the batch are run to find the bad item.
         """
 
 

@@ -73,8 +73,10 @@ def model_status(
             target += sum(deployment.replica_states.values())
         if running:
             phase, message = "ready", ""
-        elif application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+        elif application.status == "DEPLOY_FAILED":
             phase, message = "failed", application.message
+        elif application.status == "UNHEALTHY":
+            phase, message = "starting", "its replica died; another is on its way"
         elif application.status == "DELETING":
             phase, message = "draining", ""
     if last is not None and not running and phase != "draining":

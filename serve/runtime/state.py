@@ -78,6 +78,9 @@ def stop(running: Running, *, timeout_s: float) -> bool:
         try:
             process.wait(timeout=0.2)
         except psutil.TimeoutExpired:
-            continue
+            if process.status() != psutil.STATUS_ZOMBIE:  # its own parent has yet to notice
+                continue
+        except psutil.NoSuchProcess:
+            pass
         return True
     return False

@@ -304,7 +304,12 @@ class OpenInference:
 
 
 def _tensor_metadata(tensor: TensorSpec) -> dict[str, Any]:
-    return {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape)}
+    told: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape)}
+    # Clients that do not know the model learn here which strings are encoded bytes, and what may be left out.
+    parameters: dict[str, Any] = {"content": tensor.content} if tensor.content != "text" else {}
+    if tensor.optional:
+        parameters["optional"] = True
+    return told | {"parameters": parameters} if parameters else told
 
 
 def _tensor_config(tensor: TensorSpec) -> dict[str, Any]:

@@ -51,7 +51,8 @@ class WholeRequest:
     async def send(self, message: Message) -> None:
         """Write an answer's start together with its first part (ASGI)."""
         if message["type"] == "http.response.start":
-            parts = [_STATUS_LINES[message["status"]]]
+            status: int = message["status"]
+            parts = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status]
             for name, value in message["headers"]:
                 parts += (name, b": ", value, b"\r\n")
                 if name == b"content-length":

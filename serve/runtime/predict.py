@@ -101,17 +101,24 @@ def _row(tensor: dict[str, Any], text: str, index: int) -> Any:
         encoded = tensor.get("parameters", {}).get("content") == "base64"
         if text.startswith("@"):
             content = _read(text[1:], place)
-            return base64.b64encode(content).decode() if encoded else content.decode("utf-8", "strict")
+            return base64.b64encode(content).decode() if encoded else _text(content, place)
         if encoded:
             raise InvalidInput(f"{tensor['name']!r} wants a file: @{text}", place=place)
         return text
-    source = _read(text[1:], place).decode() if text.startswith("@") else text
+    source = _text(_read(text[1:], place), place) if text.startswith("@") else text
     try:
         return json.loads(source if source.lstrip().startswith("[") else f"[{source}]")
     except ValueError as error:
         raise InvalidInput(
             f"{tensor['name']!r} wants numbers such as 1,2,3 or [1, 2, 3] and got {source[:60]!r}", place=place
         ) from error
+
+
+def _text(content: bytes, place: str) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"is not UTF-8 text: {error}", place=place) from error
 
 
 def _read(path: str, place: str) -> bytes:

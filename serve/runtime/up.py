@@ -14,11 +14,11 @@ from types import FrameType
 import psutil
 
 from serve.api.directory import ModelStatus
+from serve.api.documents import curl
 from serve.declaration import Declaration, load_declaration
 from serve.errors import SpecError
 from serve.runtime import state
 from serve.runtime.board import Board, settled, time_spent
-from serve.runtime.examples import curl
 from serve.runtime.local import Platform, has_haproxy
 from serve.settings import Settings
 from serve.spec import ModelSpec
@@ -129,7 +129,7 @@ class Up:
     def _line(self, spec: ModelSpec, ready: set[str]) -> str:
         if spec.name not in ready:
             return f"  {spec.name:<14} failed; see above, and the logs in {self._platform.logs}"
-        return f"  {spec.name:<14} {curl(spec, self._settings.url)}"
+        return f"  {spec.name:<14} {curl(spec.name, spec.task, self._settings.url)}"
 
     def _time_spent(self) -> str:
         from serve.runtime import phases

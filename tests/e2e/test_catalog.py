@@ -39,9 +39,8 @@ def test_a_sentence_comes_back_as_its_words(catalog: Running):
     client = openai.OpenAI(base_url=f"{catalog.url}/v1", api_key="none")
     with (DATA / "speech.flac").open("rb") as recording:
         text = client.audio.transcriptions.create(model="whisper", file=recording).text
-    spoken = set((DATA / "speech.txt").read_text().lower().replace(".", "").replace(",", "").split())
-    heard = set(text.lower().replace(".", "").replace(",", "").split())
-    assert spoken == heard
+    heard = "".join(letter for letter in text.lower() if letter.isalpha() or letter == " ").split()
+    assert heard == ["please", "open", "the", "window", "it", "is", "very", "warm", "in", "this", "room", "today"]
 
 
 def test_similar_sentences_are_nearer_than_unrelated_ones(catalog: Running):

@@ -48,7 +48,7 @@ class ImageClassification:
     signature: Signature
 
     def load(self, context: LoadContext) -> None:
-        """Load the one `.safetensors` or `.pth` file of `context.folder` (or of its folder `models`).
+        """Load the file that the source names, or the only `.safetensors` or `.pth` of its folder, or of `models` there.
 
         Raises:
             LoadError: There is no such file or more than one, its weights are of another network, or the labels do
@@ -57,7 +57,7 @@ class ImageClassification:
         options: ClassificationOptions = context.options
         use_threads(context.threads)
         context.progress("weights", 0, 1)
-        state = _read_weights(_weights_file(context.folder), context.cache_dir)
+        state = _read_weights(context.file or _weights_file(context.folder), context.cache_dir)
         dtype = getattr(torch, context.dtype)
         self._network = EfficientNetLite(state, device=context.device, dtype=dtype)
         self._labels = load_labels(context.folder / options.labels if options.labels else None)
@@ -154,7 +154,7 @@ def _weights_file(folder: Path) -> Path:
             return found[0]
         if found:
             names = ", ".join(path.name for path in found)
-            raise LoadError(f"{folder} holds several weights ({names}); let the source hold one")
+            raise LoadError(f"{folder} holds several weights ({names}); let the source name one of them")
     raise LoadError(f"{folder} holds no .safetensors or .pth file, nor does its folder models")
 
 

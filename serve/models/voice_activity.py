@@ -64,7 +64,7 @@ class VoiceActivity:
     signature: Signature
 
     def load(self, context: LoadContext) -> None:
-        """Load silero_vad.jit of `context.folder` (or of its folder `data`), by way of the tensors converted from it.
+        """Load the file that the source names, or silero_vad.jit of its folder (or of `data` there), converted once.
 
         Raises:
             LoadError: The file is absent, damaged or another network's, or the device is a GPU.
@@ -74,7 +74,7 @@ class VoiceActivity:
         self._options: VoiceActivityOptions = context.options
         use_numpy_threads(context.threads)
         context.progress("weights", 0, 1)
-        self._network = SileroVad(_read_weights(_weights_file(context.folder), context.cache_dir))
+        self._network = SileroVad(_read_weights(context.file or _weights_file(context.folder), context.cache_dir))
         self.signature = _signature(self._options)
         context.progress("weights", 1, 1)
 

@@ -8,6 +8,7 @@ import struct
 import threading
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -249,6 +250,15 @@ def test_safetensors_in_the_source_are_read_as_they_are(cache_dir: Path, tmp_pat
     (answer,) = model.predict([model.prepare({"image": CAT})])
     assert len(answer["label"]) == 2
     assert not (tmp_path / "cache").exists()
+
+
+def test_the_file_that_the_source_names_is_taken(cache_dir: Path, tmp_path: Path) -> None:
+    (converted,) = cache_dir.rglob("*.safetensors")
+    (tmp_path / "a.safetensors").write_bytes(b"another file")
+    (tmp_path / "b.safetensors").write_bytes(converted.read_bytes())
+    model = ImageClassification()
+    model.load(replace(context(tmp_path, tmp_path / "cache"), file=tmp_path / "b.safetensors"))
+    assert model.predict([model.prepare({"image": CAT})])
 
 
 class Payload:

@@ -169,6 +169,14 @@ async def test_what_the_class_raises_is_reported_and_its_neighbours_are_answered
         await hosted.close()
 
 
+def test_the_documented_class_takes_ten_lines_and_is_a_model(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "write-a-model.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) <= 10
+    model = load(write(tmp_path / "doubler.py", code))
+    assert model.predict([{"x": np.array([1.0, 2.5], np.float32)}])[0]["y"].tolist() == [2.0, 5.0]
+
+
 def test_load_prepare_cost_stream_and_close_are_the_users(tmp_path: Path) -> None:
     path = write(
         tmp_path / "full.py",

@@ -51,7 +51,7 @@ _RAY = (
 # Ray's core reads these once, when it is imported; they are the same for every worker of one node and driver.
 _READ_ONCE = ("RAY_JOB_ID", "RAY_RAYLET_PID")
 _FIRST_JOB = "01000000"
-_IDLE_S = 0.05
+_PAUSE_S = 1.0
 
 
 def start(folder: Path, *, modules: Sequence[str]) -> subprocess.Popen[bytes]:
@@ -69,7 +69,7 @@ def start(folder: Path, *, modules: Sequence[str]) -> subprocess.Popen[bytes]:
     os.environ[SCRIPT_VARIABLE] = _worker_script()
     with listener, (folder / "fork.log").open("wb") as log:
         return subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", "serve.runtime.fork_server", str(listener.fileno()), *modules],
+            [sys.executable, "-m", "serve.runtime.fork_server", str(listener.fileno()), str(os.getpid()), *modules],
             pass_fds=[listener.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -94,13 +94,14 @@ def announce(raylet_pid: int) -> None:
         send_order(connection, order)
 
 
-def serve(listener: socket.socket, modules: Sequence[str]) -> None:
+def serve(listener: socket.socket, *, parent: int, modules: Sequence[str]) -> None:
     """Fork a worker for each launcher that connects, until the parent ends."""
-    parent = os.getppid()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     waiting = [*_BEFORE_RAY, *modules]
     while os.getppid() == parent:
-        ready, _, _ = select.select([listener], [], [], _IDLE_S)
+        # The models' own modules are large: they wait for a pause in which no fork is likely to be asked for.
+        is_early = len(waiting) > len(modules)
+        ready, _, _ = select.select([listener], [], [], 0 if is_early else _PAUSE_S)
         if ready:
             connection, _ = listener.accept()
             with contextlib.suppress(OSError, ValueError):  # the launcher died; the raylet asks again
@@ -109,7 +110,7 @@ def serve(listener: socket.socket, modules: Sequence[str]) -> None:
                 if "arguments" in order:
                     _fork(listener, connection, order, streams)
             connection.close()
-        elif waiting:
+        elif is_early or (waiting and "ray" in sys.modules):
             with contextlib.suppress(ImportError):  # the replica that needs it will say so
                 importlib.import_module(waiting.pop(0))
 
@@ -117,8 +118,26 @@ def serve(listener: socket.socket, modules: Sequence[str]) -> None:
 def _import_ray(environment: dict[str, str]) -> None:
     if "ray" not in sys.modules:
         os.environ.update({name: environment[name] for name in _READ_ONCE if name in environment})
+        _leave_unseeded()
         for name in _RAY:
             importlib.import_module(name)
+
+
+def _leave_unseeded() -> None:
+    """Have Ray name its actor classes from the system's randomness while they are imported.
+
+    Ray's core draws identifiers from one pool a process, seeded when first used. Forks would inherit it seeded, all
+    draw the same identifiers, and the node would fall apart. Importing draws from it for nothing else.
+    """
+    import ray.actor
+    from ray._raylet import ActorClassID
+
+    class Unseeded:
+        @staticmethod
+        def from_random() -> ActorClassID:
+            return ActorClassID(os.urandom(ActorClassID.size()))
+
+    ray.actor.ActorClassID = Unseeded
 
 
 def _fork(listener: socket.socket, connection: socket.socket, order: dict[str, Any], streams: Sequence[int]) -> None:
@@ -186,4 +205,4 @@ def _end_with(connection: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])
+    serve(socket.socket(fileno=int(sys.argv[1])), parent=int(sys.argv[2]), modules=sys.argv[3:])

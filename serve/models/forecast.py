@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,13 +126,30 @@ def _weights_folder(folder: Path) -> Path:
 
 def _load_model(folder: Path, *, device: str) -> Any:
     try:
-        from fracast import FracastModel
+        with _without_compiler():
+            from fracast import FracastModel
     except ImportError as error:
         raise LoadError(f"forecast computes with the package fracast: pip install fracast ({error})") from error
     try:
         return FracastModel.from_pretrained(folder, weights="fp32", device=device)
     except Exception as error:  # the package passes on whatever a damaged file or configuration causes
         raise LoadError(f"{folder} does not load as Fracast: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Import without torch's compiler, which takes longer than all the rest.
+
+    The package asks for it only to mark a function that is not to be compiled, and nothing is compiled here.
+    """
+    import torch
+
+    disable = torch.compiler.disable
+    torch.compiler.disable = lambda *_, **__: lambda function: function
+    try:
+        yield
+    finally:
+        torch.compiler.disable = disable
 
 
 def _signature(options: ForecastOptions, *, block: int, quantiles: Sequence[float]) -> Signature:

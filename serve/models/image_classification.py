@@ -48,7 +48,7 @@ class ImageClassification:
     signature: Signature
 
     def load(self, context: LoadContext) -> None:
-        """Load the file that the source names, or the only `.safetensors` or `.pth` of its folder, or of `models` there.
+        """Load the file that the source names, or the only `.safetensors` or `.pth` in its folder or in `models` there.
 
         Raises:
             LoadError: There is no such file or more than one, its weights are of another network, or the labels do

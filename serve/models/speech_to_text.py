@@ -107,10 +107,6 @@ class SpeechToText:
             rows.append({"text": text, "duration_s": np.float32(recording.duration_s)})
         return rows
 
-    def close(self) -> None:
-        """Give the weights' memory back."""
-        self._model.unload_model()
-
     def _transcribe(self, windows: Sequence[tuple[np.ndarray, tuple[int, ...]]]) -> list[str]:
         results = self._model.generate(
             ctranslate2.StorageView.from_array(np.stack([features for features, _ in windows])),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -153,6 +154,18 @@ def test_a_horizon_that_is_no_number_of_steps_is_refused(model: Forecast, horizo
 def test_extreme_series_give_finite_forecasts(model: Forecast, series: np.ndarray) -> None:
     found = answer(model, series.astype(np.float32))
     assert np.isfinite(found["quantiles"]).all()
+
+
+def test_torchs_compiler_is_not_imported() -> None:
+    code = (
+        "import sys, torch; from pathlib import Path; from serve.models.forecast import Forecast;"
+        "from serve.models.base import LoadContext; from serve.spec import ForecastOptions; m = Forecast();"
+        "disable = torch.compiler.disable;"
+        "m.load(LoadContext(Path(sys.argv[1]), ForecastOptions(), 'cpu', 'float32', 1, 8, Path('/nonexistent'),"
+        "lambda what, done, total: None)); m.predict([m.prepare(m.signature.example)]);"
+        "assert 'torch._dynamo' not in sys.modules; assert torch.compiler.disable is disable"
+    )
+    subprocess.run([sys.executable, "-c", code, str(packaged())], check=True)
 
 
 def test_more_context_than_the_model_reads_does_not_load() -> None:

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -50,11 +49,10 @@ def context(folder: Path, **options: Any) -> LoadContext:
 
 
 @pytest.fixture(scope="module")
-def model() -> Iterator[SpeechToText]:
+def model() -> SpeechToText:
     model = SpeechToText()
     model.load(context(packaged(), max_audio_s=100.0))
-    yield model
-    model.close()
+    return model
 
 
 def words(text: str) -> str:

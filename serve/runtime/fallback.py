@@ -13,7 +13,7 @@ from starlette.middleware import Middleware
 from serve.api.gateway_app import build_gateway_app
 from serve.api.wire import Receive, Scope, Send
 from serve.runtime import phases
-from serve.runtime.gateway import RayDirectory
+from serve.runtime.directory import RayDirectory
 
 
 class Fallback:

@@ -15,11 +15,13 @@ from ray.experimental.internal_kv import (
     _internal_kv_put,
 )
 
+from serve.api.directory import ModelStatus
 from serve.settings import Settings
 
 _NAMESPACE = b"roundhouse"
 _DECLARED = b"declared"
 _SETTINGS = b"settings"
+_STATUSES = b"statuses"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,18 @@ def declared() -> list[dict[str, Any]]:
     """Return what `declare` published last."""
     value = _internal_kv_get(_DECLARED, namespace=_NAMESPACE)
     return list(json.loads(value)) if value else []
+
+
+def publish(models: Sequence[ModelStatus]) -> None:
+    """Publish the models' state, as the one process that asks Ray knows it."""
+    told = json.dumps([asdict(model) for model in models]).encode()
+    _internal_kv_put(_STATUSES, told, overwrite=True, namespace=_NAMESPACE)
+
+
+def published() -> list[ModelStatus]:
+    """Return what `publish` published last."""
+    value = _internal_kv_get(_STATUSES, namespace=_NAMESPACE)
+    return [ModelStatus(**told) for told in json.loads(value)] if value else []
 
 
 def publish_settings(settings: Settings) -> None:

@@ -89,11 +89,11 @@ class Up:
         self._platform.apply(declaration.models, base_dir=declaration.base_dir)
 
     def _follow(self, declaration: Declaration) -> None:
-        from serve.runtime.gateway import read_models
+        from serve.runtime import directory
 
         announced = False
         while not self._stop.is_set():
-            models = read_models()
+            models = directory.ask()
             self._board.show(models)
             done = all(settled(model) for model in models)
             if done and not announced:

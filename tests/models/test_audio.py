@@ -81,7 +81,8 @@ def test_a_small_file_of_many_hours_is_refused() -> None:
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.95])
 def test_a_file_cut_short_is_invalid(kind: str, share: float) -> None:
-    content = encoded(tone(4.0), kind=kind)
+    noise = np.random.default_rng(0).uniform(-0.3, 0.3, 4 * RATE).astype(np.float32)
+    content = encoded(noise, kind=kind)
     with pytest.raises(InvalidInput) as caught:
         decode(content[: int(len(content) * share)], max_audio_s=60)
     assert caught.value.place == "audio"

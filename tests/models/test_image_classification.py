@@ -145,7 +145,7 @@ def test_every_format_is_read(kind: str) -> None:
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
 def test_every_mode_is_read_with_its_brightness(mode: str) -> None:
     if mode == "I;16":
-        picture = Image.fromarray(np.asarray(cat().convert("L")).astype(np.uint16) * 257)
+        picture = Image.fromarray(np.asarray(cat().convert("L")).astype(np.uint16) * 256)
     else:
         picture = cat().convert(mode)
     pixels = decode(encoded(picture, "TIFF" if mode == "CMYK" else "PNG"), resolution=224)
@@ -262,12 +262,18 @@ def test_the_file_that_the_source_names_is_taken(cache_dir: Path, tmp_path: Path
 
 
 class Payload:
-    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
-        return os.system, ("true",)
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.path),)
 
 
-def write_pickle(path: Path) -> None:
-    torch.save({"weight": Payload()}, path)
+def test_a_pickle_that_would_run_code_does_not(tmp_path: Path) -> None:
+    torch.save({"weight": Payload(tmp_path / "made by the pickle")}, tmp_path / "a.pth")
+    with pytest.raises(LoadError, match=r"a\.pth holds no plain weights"):
+        ImageClassification().load(context(tmp_path, tmp_path / "cache"))
+    assert not (tmp_path / "made by the pickle").exists()
 
 
 @pytest.mark.parametrize(
@@ -276,7 +282,6 @@ def write_pickle(path: Path) -> None:
         (lambda folder: None, r"holds no \.safetensors or \.pth file"),
         (lambda folder: [(folder / f"{n}.pth").write_bytes(b"") for n in "ab"], r"several weights \(a.pth, b.pth\)"),
         (lambda folder: (folder / "a.pth").write_bytes(b"garbage"), r"a\.pth holds no plain weights"),
-        (lambda folder: write_pickle(folder / "a.pth"), r"a\.pth holds no plain weights"),
         (lambda folder: torch.save([1, 2], folder / "a.pth"), r"a\.pth holds no plain weights"),
         (lambda folder: (folder / "a.safetensors").write_bytes(b"garbage"), r"cannot be read from .*a\.safetensors"),
         (lambda folder: torch.save({"x": torch.zeros(1)}, folder / "a.pth"), "the weights are none of efficientnet"),

@@ -398,6 +398,18 @@ def test_a_source_that_does_not_lead_to_the_class_does_not_load(
         load(tmp_path / source, name)
 
 
+def test_torch_keeps_to_the_replicas_threads_where_a_file_imports_it(tmp_path: Path) -> None:
+    import torch
+
+    before = torch.get_num_threads()
+    path = write(tmp_path / "doubler.py", "import torch; torch.set_num_threads(2)\n" + dedent(DOUBLER))
+    try:
+        load(path)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_neither_torch_nor_anything_heavy_is_imported(tmp_path: Path) -> None:
     code = "import sys, serve.models.python_class; assert not {'torch', 'PIL', 'ray', 'fastapi'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

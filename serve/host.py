@@ -29,6 +29,7 @@ from serve.stepping import Generators, Part, Stepper, WorkThread, failure, tell
 _PREPARE_SLICE_S = 0.002
 _WARM_STEPS = 4
 _RETRY_AFTER_S = 2.0
+_CLOSE_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -446,8 +447,10 @@ class Host:
         if self._stepper is not None:
             await self._stepper.close()
         close = getattr(self._model, "close", None)
-        if close is not None:
-            self._thread.call(close)
+        is_loaded = self._batcher is not None or self._stepper is not None
+        if close is not None and is_loaded:
+            with contextlib.suppress(Exception):  # nothing can be done about a model that does not let go
+                await asyncio.wait_for(self._thread.call(close), _CLOSE_TIMEOUT_S)
         self._end_threads()
 
     def _end_threads(self) -> None:

@@ -369,3 +369,29 @@ def test_importing_the_host_imports_nothing_heavy() -> None:
     code = f"import sys, serve.host; print([name for name in {heavy!r} if name in sys.modules])"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "[]"
+
+
+async def test_closing_waits_for_what_the_model_gives_back():
+    closed = []
+
+    class Holding(Echo):
+        def close(self) -> None:
+            closed.append(True)
+
+    host = Host(spec(), settings=Settings(), model=Holding())
+    await host.load()
+    await host.close()
+    assert closed == [True]
+
+
+async def test_closing_what_never_loaded_ends():
+    class Failing(Echo):
+        def load(self, context: object) -> None:
+            raise ValueError("no weights")
+
+        def close(self) -> None: ...
+
+    host = Host(spec(), settings=Settings(), model=Failing())
+    with pytest.raises(LoadError):
+        await host.load()
+    await host.close()

@@ -188,14 +188,20 @@ class Platform:
             list(targets), wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
         )
 
-    def apply(self, specs: Sequence[ModelSpec], *, base_dir: Path) -> Changes:
-        """Deploy what changed and remove what is gone; a model that did not change is not touched."""
+    def apply(self, specs: Sequence[ModelSpec], *, base_dir: Path, at_most: int | None = None) -> Changes:
+        """Deploy what changed and remove what is gone; a model that did not change is not touched.
+
+        Args:
+            base_dir: Folder against which a relative `file:` source is resolved.
+            at_most: Models to deploy now; the next call deploys the others.
+        """
         import ray.serve as ray_serve
 
         from serve.runtime import phases
         from serve.runtime.replica import application_name, build_application, route_prefix
 
         changes = diff(self._running, specs)
+        changes = Changes(changes.deploy[:at_most], changes.remove)
         phases.declare(
             [spec.model_dump(mode="json", include={"name", "task", "description", "limits"}) for spec in specs]
         )

@@ -86,15 +86,19 @@ class Up:
             ),
         )
         self._board.say(f"serving on {self._settings.url}, logs in {self._platform.logs}")
-        self._platform.apply(declaration.models, base_dir=declaration.base_dir)
+        # The first model has the machine to itself until it answers, so that something does early.
+        self._platform.apply(declaration.models, base_dir=declaration.base_dir, at_most=1)
 
     def _follow(self, declaration: Declaration) -> None:
         from serve.runtime import directory
 
-        announced = False
+        announced = whole = False
         while not self._stop.is_set():
             models = directory.ask()
             self._board.show(models)
+            if not whole and any(settled(model) for model in models):
+                self._platform.apply(declaration.models, base_dir=declaration.base_dir)
+                whole = True
             done = all(settled(model) for model in models)
             if done and not announced:
                 self._announce(declaration, models)

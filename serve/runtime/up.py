@@ -24,7 +24,7 @@ from serve.settings import Settings
 from serve.spec import ModelSpec
 
 _STARTING_POLL_S = 0.5
-_SETTLED_POLL_S = 1.0
+_SETTLED_POLL_S = 2.0
 
 
 class Up:

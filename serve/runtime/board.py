@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console
 from rich.live import Live
@@ -33,6 +34,12 @@ class Board:
     def say(self, text: str) -> None:
         """Print one line with the time since the start."""
         self._console.print(Text(f"{self.elapsed_s():6.1f} s  {text}"), soft_wrap=True)
+
+    @contextlib.contextmanager
+    def working(self, text: str) -> Iterator[None]:
+        """Show that something goes on, where there is a terminal to show it on."""
+        with self._console.status(text) if self._console.is_terminal else contextlib.nullcontext():
+            yield
 
     def block(self, text: str) -> None:
         """Print lines as they are."""

@@ -67,7 +67,8 @@ class Up:
 
     def _start(self, declaration: Declaration) -> None:
         began = time.monotonic()
-        room = self._platform.start(declaration.models)
+        with self._board.working("starting the platform, about ten seconds"):
+            room = self._platform.start(declaration.models)
         self._steps["Ray and Ray Serve"] = time.monotonic() - began
         for number in (signal.SIGINT, signal.SIGTERM):  # Ray has put its own in place
             signal.signal(number, self._on_signal)

@@ -1,0 +1,1 @@
+"""Measurements of the whole: against the peers, and under load."""

@@ -1,0 +1,1 @@
+"""Roundhouse beside its peers: the same models, inputs and machine, in rounds that take turns."""

@@ -148,7 +148,7 @@ class Platform:
         # The node's own processes take a while to come up; what Ray Serve needs is imported meanwhile.
         threading.Thread(target=importlib.import_module, args=("ray.serve",), daemon=True).start()
         try:
-            with _lean_node(dashboard=self._dashboard, fork=_CAN_FORK):
+            with _lean_node(dashboard=self._dashboard, fork=_CAN_FORK, ports=_free_ports(3)):
                 ray.init(
                     num_cpus=int(room.cpus + 0.999),
                     object_store_memory=_OBJECT_STORE_BYTES,
@@ -244,7 +244,7 @@ class Platform:
 
 
 @contextlib.contextmanager
-def _lean_node(*, dashboard: bool, fork: bool) -> Iterator[None]:
+def _lean_node(*, dashboard: bool, fork: bool, ports: Sequence[int]) -> Iterator[None]:
     """Leave out what a local node has no use for and a start would wait for, some seconds and 200 MB together.
 
     That is the process that sizes clusters, the one that copies logs to a driver that shows none, and, unless it was
@@ -258,11 +258,15 @@ def _lean_node(*, dashboard: bool, fork: bool) -> Iterator[None]:
         start_raylet(self, *arguments, **named)
         fork_server.announce(self.all_processes["raylet"][0].process.pid)
 
-    launcher = {}
+    # A raylet that does not know its agents' ports waits fifteen seconds for them to be written down, and then ends: a
+    # busy machine takes longer. One of them is the same number for every node otherwise.
+    named: dict[str, Any] = dict(
+        zip(("metrics_agent_port", "runtime_env_agent_port", "dashboard_agent_listen_port"), ports, strict=True)
+    )
     if fork:
-        launcher = {"worker_path": str(fork_server.LAUNCHER)}
+        named["worker_path"] = str(fork_server.LAUNCHER)
         node.Node.start_raylet = start_and_announce
-    parameter.RayParams = functools.partial(params, no_monitor=True, include_log_monitor=False, **launcher)
+    parameter.RayParams = functools.partial(params, no_monitor=True, include_log_monitor=False, **named)
     if not dashboard:
         node.Node.start_api_server = lambda self, **_: None  # noqa: ARG005
     try:

@@ -37,6 +37,7 @@ class Up:
         self._stop = threading.Event()
         self._platform = Platform(settings, say=self._board.say, dashboard=dashboard)
         self._steps: dict[str, float] = {}
+        self._is_started = False
         self._seen = b""
 
     def run(self) -> int:
@@ -57,7 +58,7 @@ class Up:
         return 0
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        if self._stop.is_set():
+        if self._stop.is_set() or not self._is_started:
             raise KeyboardInterrupt
         self._stop.set()
 
@@ -69,6 +70,7 @@ class Up:
         began = time.monotonic()
         with self._board.working("starting the platform, about ten seconds"):
             room = self._platform.start(declaration.models)
+        self._is_started = True
         self._steps["Ray and Ray Serve"] = time.monotonic() - began
         for number in (signal.SIGINT, signal.SIGTERM):  # Ray has put its own in place
             signal.signal(number, self._on_signal)

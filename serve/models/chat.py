@@ -48,9 +48,11 @@ class ChatTemplate:
             raise LoadError(f"the chat template is not valid: {error}") from error
         self._tokenizer, self._variables = tokenizer, dict(variables)
         special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
-        # One character may begin two of them; each place where one begins is split after its first character.
         starts = "|".join(map(re.escape, special))
         self._special = re.compile(f"(?=(?:{starts})).", re.DOTALL) if special else None
+        # What the template writes beside a message could complete these.
+        self._heads = tuple({token[cut:] for token in special for cut in range(1, len(token))})
+        self._tails = tuple({token[:cut] for token in special for cut in range(1, len(token))})
         self._mark = f"\ue000{secrets.token_hex(16)}\ue001"
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
@@ -73,7 +75,12 @@ class ChatTemplate:
         return tokens
 
     def _split(self, content: str) -> str:
-        return self._special.sub(lambda found: found[0] + self._mark, content) if self._special else content
+        """Mark each place where a special token begins, after its first character, and the ends where one may lie."""
+        if self._special is None:
+            return content
+        before = self._mark if content.startswith(self._heads) else ""
+        after = self._mark if content.endswith(self._tails) else ""
+        return before + self._special.sub(lambda found: found[0] + self._mark, content) + after
 
 
 def read_messages(value: object) -> list[dict[str, str]]:
@@ -111,7 +118,7 @@ def _read_part(part: object, place: str) -> str:
     if not isinstance(part, Mapping):
         raise InvalidInput(f"must be an object, got {type(part).__name__}", place=place)
     if part.get("type") != "text":
-        raise InvalidInput(f"must be 'text', got {part.get('type')!r}: this model reads text only", place=f"{place}.type")
+        raise InvalidInput(f"must be 'text', got {part.get('type')!r}; the model reads text", place=f"{place}.type")
     text = part.get("text")
     if not isinstance(text, str):
         raise InvalidInput(f"must be a string, got {type(text).__name__}", place=f"{place}.text")

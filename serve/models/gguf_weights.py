@@ -62,9 +62,10 @@ def convert_gguf(path: Path, cache_dir: Path, progress: Progress) -> Path:
 def _build(path: Path, folder: Path, progress: Progress) -> None:
     from gguf import GGUFReader
 
+    progress("reading the GGUF metadata", 0, 0)
     try:
         reader = GGUFReader(path)
-    except ValueError as error:
+    except (ValueError, IndexError, KeyError, OverflowError, UnicodeError, MemoryError) as error:
         raise LoadError(f"{path.name} is not a readable GGUF file: {error}") from error
     config = read_config(reader)
     tokenizer, tokenizer_config = read_tokenizer(reader)
@@ -94,10 +95,12 @@ def read_config(reader: GGUFReader) -> dict[str, Any]:
         raise LoadError(f"GGUF architecture {architecture!r} is not supported; supported: llama")
     heads = _value(reader, "llama.attention.head_count")
     hidden = _value(reader, "llama.embedding_length")
-    names = {tensor.name for tensor in reader.tensors}
-    if "rope_freqs.weight" in names:
+    shapes = {tensor.name: [int(size) for size in tensor.shape] for tensor in reader.tensors}
+    if "token_embd.weight" not in shapes:
+        raise LoadError("the GGUF file lacks the tensor token_embd.weight")
+    if "rope_freqs.weight" in shapes:
         raise LoadError(
-            "GGUF files with scaled rotary frequencies (rope_freqs.weight) are not supported; use the Hugging Face folder"
+            "GGUF files with scaled rotary frequencies (rope_freqs.weight) are not supported; use the safetensors"
         )
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -109,11 +112,11 @@ def read_config(reader: GGUFReader) -> dict[str, Any]:
         "num_hidden_layers": _value(reader, "llama.block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": _value(reader, "llama.attention.head_count_kv", heads),
-        "vocab_size": len(_value(reader, "tokenizer.ggml.tokens")),
+        "vocab_size": shapes["token_embd.weight"][1],
         "max_position_embeddings": _value(reader, "llama.context_length"),
         "rms_norm_eps": _value(reader, "llama.attention.layer_norm_rms_epsilon"),
         "rope_theta": _value(reader, "llama.rope.freq_base", 10000.0),
-        "tie_word_embeddings": "output.weight" not in names,
+        "tie_word_embeddings": "output.weight" not in shapes,
         "bos_token_id": _value(reader, "tokenizer.ggml.bos_token_id"),
         "eos_token_id": _value(reader, "tokenizer.ggml.eos_token_id"),
         "torch_dtype": "float32",
@@ -131,13 +134,16 @@ def read_tokenizer(reader: GGUFReader) -> tuple[dict[str, Any], dict[str, Any]]:
     kind, splitter = _value(reader, "tokenizer.ggml.model"), _value(reader, "tokenizer.ggml.pre", "default")
     if (kind, splitter) != ("gpt2", "smollm"):
         raise LoadError(
-            f"GGUF tokenizer {kind!r} with pre-tokeniser {splitter!r} is not supported; supported: 'gpt2' with 'smollm'."
+            f"GGUF tokenizer {kind!r} with pre-tokeniser {splitter!r} is not supported; 'gpt2' with 'smollm' is."
             " Use the model's Hugging Face folder instead"
         )
     tokens: list[str] = _value(reader, "tokenizer.ggml.tokens")
     types: list[int] = _value(reader, "tokenizer.ggml.token_type")
     merges = [tuple(merge.split(" ", 1)) for merge in _value(reader, "tokenizer.ggml.merges")]
-    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
+    try:
+        tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
+    except Exception as error:  # the library raises bare Exception
+        raise LoadError(f"the GGUF file's merges do not fit its tokens: {error}") from error
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

@@ -10,12 +10,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from safetensors import SafetensorError, safe_open
@@ -25,10 +24,9 @@ from serve.errors import LoadError
 
 SUPPORTED = ("llama", "mistral", "qwen2")
 
-#: Two best logits nearer than this are looked at again on float32 weights.
-NEAR_TIE = 0.1
-
-_LINEARS = ("qkv", "out", "gate_up", "down")
+_CANDIDATES = 4  # best tokens of a row whose logits are computed again on the head as it was read
+_TIE_DEVIATIONS = 4  # standard deviations of a logit's error within which two logits are a tie
+_TIE_TOKENS = 24  # length of the sequence that the error is measured on
 
 Progress = Callable[[str, int, int], None]
 #: (layer, queries [rows, heads, head_dim]) -> mixed values, the same numbers in the same order
@@ -61,9 +59,11 @@ class LlamaConfig:
             LoadError: It is absent or names something that this forward does not compute.
         """
         try:
-            raw: dict[str, Any] = json.loads((folder / "config.json").read_text())
+            raw = json.loads((folder / "config.json").read_text())
         except (OSError, ValueError) as error:
             raise LoadError(f"config.json of the model is not readable: {error}") from error
+        if not isinstance(raw, dict):
+            raise LoadError(f"config.json of the model is not an object but {type(raw).__name__}")
         kind = raw.get("model_type")
         if kind not in SUPPORTED:
             raise LoadError(
@@ -85,7 +85,7 @@ class LlamaConfig:
                 rms_norm_eps=raw["rms_norm_eps"],
                 tie_word_embeddings=raw.get("tie_word_embeddings", False),
                 max_position_embeddings=raw["max_position_embeddings"],
-                rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
+                rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
                 rope_scaling=rope,
                 eos_token_ids=frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos]),
             )
@@ -129,7 +129,8 @@ def _llama3_frequency(frequency: Tensor, scaling: Mapping[str, Any]) -> Tensor:
     factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
     keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequency * keep + frequency / factor * (1 - keep)
+    blended: Tensor = frequency * keep + frequency / factor * (1 - keep)
+    return blended
 
 
 class Weights:
@@ -154,7 +155,7 @@ class Weights:
         """Return a tensor. Raises `LoadError` where it is absent or of another shape."""
         if name not in self._tensors:
             raise LoadError(f"the model's files lack the tensor {name}")
-        tensor = self._tensors.pop(name)
+        tensor: Tensor = self._tensors.pop(name)
         if tuple(tensor.shape) != shape:
             raise LoadError(f"the tensor {name} has shape {list(tensor.shape)} where config.json says {list(shape)}")
         return tensor
@@ -169,6 +170,26 @@ class Weights:
             raise LoadError(f"the model has tensors that its architecture does not: {', '.join(left[:3])}")
 
 
+class Norm:
+    """Root-mean-square norm (arXiv:1910.07467).
+
+    In float32 it is written as few operators, because a decode step of few rows mostly waits for those of the
+    library's: w x / sqrt(mean(x^2) + eps) = (w sqrt(n)) x / hypot(|x|, sqrt(n eps)).
+    """
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self._weight, self._eps = weight, eps
+        size = torch.tensor(len(weight), dtype=weight.dtype, device=weight.device)
+        self._scaled, self._floor = weight * size.sqrt(), (size * eps).sqrt()
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Return the normed rows of [rows, hidden_size]."""
+        if hidden.dtype != torch.float32:
+            return F.rms_norm(hidden, self._weight.shape, self._weight, self._eps)
+        length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
+        return torch.mul(hidden, self._scaled).div_(length.hypot_(self._floor))
+
+
 class Dense:
     """A linear map on the weights as they were read."""
 
@@ -179,71 +200,80 @@ class Dense:
         """Return `rows @ weight.T + bias`."""
         return F.linear(rows, self.weight, self.bias)
 
-    def packed(self) -> Packed:
-        """Return the same map for few rows on a CPU."""
-        return Packed(self.weight, self.bias)
-
 
 class Packed:
-    """A linear map with float16 weights in FBGEMM's order, float32 rows and float32 sums."""
+    """The same map for few rows: float16 weights in FBGEMM's order, float32 rows and float32 sums."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
-        self._apply = torch.ops.quantized.linear_dynamic_fp16.default
+    def __init__(self, dense: Dense) -> None:
+        self._weights = torch.ops.quantized.linear_prepack_fp16(dense.weight, dense.bias)
+        self._apply: Callable[[Tensor, Any], Tensor] = torch.ops.quantized.linear_dynamic_fp16.default
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Return `rows @ weight.T + bias`."""
-        result: Tensor = self._apply(rows, self._packed)
-        return result
+        return self._apply(rows, self._weights)
 
 
-Linear = Dense | Packed
+L = TypeVar("L", Dense, Packed)
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class Layer(Generic[L]):
     """One transformer block; the linears are q, k, v in one and gate, up in one."""
 
-    attention_norm: Tensor
-    qkv: Linear
-    out: Linear
-    mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    attention_norm: Norm
+    qkv: L
+    out: L
+    mlp_norm: Norm
+    gate_up: L
+    down: L
 
 
 @dataclass(frozen=True, slots=True)
-class Stack:
+class Stack(Generic[L]):
     """What turns embeddings into logits."""
 
-    layers: Sequence[Layer]
-    norm: Tensor
-    head: Linear
+    layers: Sequence[Layer[L]]
+    norm: Norm
+    head: L
 
-    def logits(self, hidden: Tensor, eps: float) -> Tensor:
-        """Return float32 [rows, vocab_size] of [rows, hidden_size]."""
-        return self.head(_rms_norm(hidden, self.norm, eps)).float()
 
-    def packed(self, progress: Progress) -> Stack:
-        """Return the same maps for few rows on a CPU."""
-        layers = []
-        for done, layer in enumerate(self.layers):
-            progress("packing layers", done, len(self.layers))
-            layers.append(replace(layer, **{name: getattr(layer, name).packed() for name in _LINEARS}))
-        return Stack(layers, self.norm, self.head.packed())
+def pack(stack: Stack[Dense], progress: Progress) -> Stack[Packed]:
+    """Return the same maps for few rows on a CPU."""
+    layers = []
+    for done, layer in enumerate(stack.layers, 1):
+        qkv, out, gate_up, down = map(Packed, (layer.qkv, layer.out, layer.gate_up, layer.down))
+        layers.append(Layer(layer.attention_norm, qkv, out, layer.mlp_norm, gate_up, down))
+        progress("packing layers", done, len(stack.layers))
+    return Stack(layers, stack.norm, Packed(stack.head))
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What one token a row gave.
+
+    Args:
+        logits: float32 [rows, vocab_size].
+        likeliest: The token of each row's greatest logit.
+        sure: Whether that is certain to be the token on the weights as they were read.
+    """
+
+    logits: Tensor
+    likeliest: list[int]
+    sure: list[bool]
 
 
 class Llama:
     """A model of the llama family and the key/value cache of its slots.
 
-    On a CPU with FBGEMM a decode step reads its weights in float16, half the bytes of what bounds it, and multiplies
-    and adds in float32. Where the two best logits of a row are then nearer than `near_tie`, the row can be decoded
-    again on the float32 weights (`exact=True`), so that the greedy choice is the float32 model's.
+    On a CPU with FBGEMM, `decode` reads its weights in float16, half the bytes of what bounds it, and multiplies and
+    adds in float32. It tells of each row whether that can have changed the likeliest token, measured by what it changes
+    in the logits of a sequence at load; such a row is to be read again by `prefill`, which is bound by arithmetic and
+    always reads the float32 weights. So greedy tokens are the float32 model's.
 
     Args:
         folder: config.json and safetensors in the Hugging Face layout.
         device: A torch device.
-        dtype: Type of weights, activations and cache; float16 on a CPU is float32 without the second look at near ties.
+        dtype: Type of weights, activations and cache; float16 on a CPU is float32 in which every row is sure.
         slots: Sequences that the cache holds.
         context_tokens: Positions of each.
         progress: Called with (what, layers done, layers in all).
@@ -268,7 +298,6 @@ class Llama:
         self.device = torch.device(device)
         self.context_tokens = context_tokens
         packs = device == "cpu" and dtype != torch.bfloat16 and "fbgemm" in torch.backends.quantized.supported_engines
-        self.near_tie = NEAR_TIE if packs and dtype == torch.float32 else 0.0
         self._dtype = torch.float32 if device == "cpu" and dtype == torch.float16 else dtype
         self._rotary = rotary_table(config, context_tokens).to(self.device)
         weights = Weights(folder)
@@ -276,43 +305,63 @@ class Llama:
         head = embedding
         if not config.tie_word_embeddings:
             head = self._place(weights.take("lm_head.weight", config.vocab_size, config.hidden_size))
-        norm = self._place(weights.take("model.norm.weight", config.hidden_size))
+        norm = self._norm(weights.take("model.norm.weight", config.hidden_size))
         layers = [self._read_layer(weights, index) for index in range(config.num_hidden_layers)]
         weights.finish()
         self._embedding = embedding
         self._exact = Stack(layers, norm, Dense(head))
-        self._fast = self._exact.packed(progress) if packs else self._exact
-        shape = (config.num_hidden_layers, slots, config.num_key_value_heads, context_tokens, config.head_dim)
-        self._keys, self._values = self._cache(shape), self._cache(shape)
+        self._fast: Stack[Any] = pack(self._exact, progress) if packs else self._exact
+        # [layers, keys and values, slots, heads, positions, head_dim]
+        shape = (config.num_hidden_layers, 2, slots, config.num_key_value_heads, context_tokens, config.head_dim)
+        self._cache = self._zeros(shape)
+        self._cache_rows = self._cache.view(shape[0], -1, config.head_dim).unbind(0)
+        strides = torch.tensor(self._cache.stride()[1:4], device=self.device) // config.head_dim
+        parts, heads = torch.meshgrid(torch.arange(2), torch.arange(shape[3]), indexing="ij")
+        #: Where a token's keys and values of slot 0, position 0 are, as rows of a layer's cache.
+        self._first_rows = parts.flatten().to(self.device) * strides[0] + heads.flatten().to(self.device) * strides[2]
+        self._slot_rows = int(strides[1])
+        self._near_tie = self._measure_near_tie() if packs and dtype == torch.float32 else None
 
     def _place(self, tensor: Tensor) -> Tensor:
         return tensor.to(device=self.device, dtype=self._dtype)
 
-    def _cache(self, shape: tuple[int, ...]) -> Tensor:
-        """Return zeros; on a CPU their pages are taken as they are written, so memory follows the tokens that are held."""
+    @torch.inference_mode()
+    def _measure_near_tie(self) -> float:
+        """Return the margin between two logits below which float16 weights may have changed their order."""
+        count = min(_TIE_TOKENS, self.context_tokens)
+        tokens = torch.randint(self.config.vocab_size, (count,), generator=torch.Generator().manual_seed(0)).tolist()
+        packed, exact = (self._read(stack, tokens, slot=0, start=0) for stack in (self._fast, self._exact))
+        error = self._logits(self._exact, packed) - self._logits(self._exact, exact)
+        return _TIE_DEVIATIONS * float(error.std(-1).mean())
+
+    def _norm(self, weight: Tensor) -> Norm:
+        return Norm(self._place(weight), self.config.rms_norm_eps)
+
+    def _zeros(self, shape: tuple[int, ...]) -> Tensor:
+        """Return zeros; on a CPU, small pages are taken as they are written, so that memory follows the tokens held."""
         if self.device.type != "cpu":
             return torch.zeros(shape, dtype=self._dtype, device=self.device)
-        size = math.prod(shape) * self._dtype.itemsize
-        return torch.from_numpy(np.zeros(size, np.uint8)).view(self._dtype).view(shape)
+        pages = mmap(-1, math.prod(shape) * self._dtype.itemsize, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+        return torch.frombuffer(pages, dtype=self._dtype).view(shape)
 
-    def _read_layer(self, weights: Weights, index: int) -> Layer:
+    def _read_layer(self, weights: Weights, index: int) -> Layer[Dense]:
         config, prefix = self.config, f"model.layers.{index}."
         hidden, inner = config.hidden_size, config.intermediate_size
         heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
         parts, biases = [], []
         for part, count in zip("qkv", heads, strict=True):
             name, size = f"{prefix}self_attn.{part}_proj", count * config.head_dim
-            turn = (lambda rows: rows) if part == "v" else partial(_pair_rows, heads=count)  # noqa: B023
-            parts.append(turn(weights.take(f"{name}.weight", size, hidden)))
+            order = _paired(count, config.head_dim) if part in "qk" else slice(None)
+            parts.append(weights.take(f"{name}.weight", size, hidden)[order])
             if f"{name}.bias" in weights:
-                biases.append(turn(weights.take(f"{name}.bias", size)))
+                biases.append(weights.take(f"{name}.bias", size)[order])
         gate_up = [weights.take(f"{prefix}mlp.{part}_proj.weight", inner, hidden) for part in ("gate", "up")]
         out = weights.take(f"{prefix}self_attn.o_proj.weight", hidden, heads[0] * config.head_dim)
         return Layer(
-            attention_norm=self._place(weights.take(f"{prefix}input_layernorm.weight", hidden)),
+            attention_norm=self._norm(weights.take(f"{prefix}input_layernorm.weight", hidden)),
             qkv=Dense(self._place(torch.cat(parts)), self._place(torch.cat(biases)) if biases else None),
             out=Dense(self._place(out)),
-            mlp_norm=self._place(weights.take(f"{prefix}post_attention_layernorm.weight", hidden)),
+            mlp_norm=self._norm(weights.take(f"{prefix}post_attention_layernorm.weight", hidden)),
             gate_up=Dense(self._place(torch.cat(gate_up))),
             down=Dense(self._place(weights.take(f"{prefix}mlp.down_proj.weight", hidden, inner))),
         )
@@ -324,99 +373,122 @@ class Llama:
         Returns:
             Logits of the last token, float32 [vocab_size].
         """
+        return self._logits(self._exact, self._read(self._exact, tokens, slot=slot, start=start)[-1:])[0]
+
+    def _read(self, stack: Stack[Any], tokens: Sequence[int], *, slot: int, start: int) -> Tensor:
         count = len(tokens)
         end = start + count
-        mask = None if count == 1 else torch.ones(count, end, dtype=torch.bool, device=self.device).tril(start)
+        mask = torch.ones(count, end, dtype=torch.bool, device=self.device).tril(start)
+        keys, values = (self._cache[:, part, slot : slot + 1, :, :end].unbind(0) for part in (0, 1))
 
-        def attend(index: int, queries: Tensor) -> Tensor:
-            keys = self._keys[index, slot : slot + 1, :, :end]
-            values = self._values[index, slot : slot + 1, :, :end]
+        def attend(layer: int, queries: Tensor) -> Tensor:
+            heads_first = queries.transpose(0, 1).unsqueeze(0)
             mixed = F.scaled_dot_product_attention(
-                queries.transpose(0, 1).unsqueeze(0), keys, values, attn_mask=mask, enable_gqa=True
+                heads_first, keys[layer], values[layer], attn_mask=mask, enable_gqa=True
             )
             return mixed[0].transpose(0, 1)
 
         positions = torch.arange(start, end, device=self.device)
-        where = torch.full_like(positions, slot)
-        hidden = self._run(self._exact, torch.tensor(tokens, device=self.device), where, positions, attend)
-        return self._exact.logits(hidden[-1:], self.config.rms_norm_eps)[0]
+        rows = positions + slot * self._slot_rows
+        return self._run(stack, torch.tensor(tokens, device=self.device), positions, rows, attend)
 
     @torch.inference_mode()
-    def decode(self, tokens: Sequence[int], *, slots: Sequence[int], starts: Sequence[int], exact: bool = False) -> Tensor:
+    def decode(self, tokens: Sequence[int], *, slots: Sequence[int], starts: Sequence[int]) -> Decoded:
         """Put one token into each of several slots.
 
         Args:
             tokens: The new token of each row.
             slots: The slot of each row, ascending.
             starts: Tokens that each row's slot holds already; the new one is written after them.
-            exact: Use the weights as they were read.
-
-        Returns:
-            Logits, float32 [rows, vocab_size].
         """
-        stack = self._exact if exact else self._fast
-        where = torch.tensor(slots, device=self.device)
         positions = torch.tensor(starts, device=self.device)
-        attend = self._decode_attention(slots, starts, where)
-        hidden = self._run(stack, torch.tensor(tokens, device=self.device), where, positions, attend)
-        return stack.logits(hidden, self.config.rms_norm_eps)
+        rows = positions + torch.tensor(slots, device=self.device) * self._slot_rows
+        attend = self._decode_attention(slots, starts)
+        hidden = self._run(self._fast, torch.tensor(tokens, device=self.device), positions, rows, attend)
+        logits = self._logits(self._fast, hidden)
+        if self._near_tie is None:
+            return Decoded(logits, logits.argmax(-1).tolist(), [True] * len(tokens))
+        candidates = logits.topk(_CANDIDATES).indices
+        # The head's own rounding is the largest part of a logit's error, and a few of its rows cost nothing.
+        exact = torch.bmm(self._exact.head.weight[candidates], self._exact.norm(hidden).unsqueeze(-1)).squeeze(-1)
+        logits.scatter_(1, candidates, exact)
+        best = exact.topk(2)
+        likeliest = candidates.gather(1, best.indices[:, :1]).flatten().tolist()
+        return Decoded(logits, likeliest, (best.values[:, 0] - best.values[:, 1] > self._near_tie).tolist())
 
-    def _decode_attention(self, slots: Sequence[int], starts: Sequence[int], where: Tensor) -> Attend:
+    def _decode_attention(self, slots: Sequence[int], starts: Sequence[int]) -> Attend:
         """Attend over the span of slots from the lowest to the highest row's, as far as the longest row goes.
 
-        The queries of one key/value head are the rows of one small product; slots of the span that have no row
+        The queries that share a key/value head are the rows of one small product. Slots of the span that have no row
         compute one position, which nobody reads.
         """
         low, high, longest = slots[0], slots[-1] + 1, max(starts) + 1
-        span, sparse = high - low, high - low != len(slots)
-        lengths = torch.ones(span, 1, dtype=torch.long)
-        lengths[[slot - low for slot in slots], 0] = torch.tensor(starts) + 1
-        mask = None
-        if span > 1:
-            hidden = torch.arange(longest) >= lengths
-            mask = torch.zeros(span, longest, dtype=self._dtype).masked_fill_(hidden, -math.inf).to(self.device)
-            mask = mask.view(span, 1, 1, longest)
-        groups = self.config.num_key_value_heads
+        layers, _, _, groups, context, head_dim = self._cache.shape
+        span = high - low
+        shape = (layers, span * groups, context, head_dim)
+        keys, values = (self._cache[:, part, low:high].view(shape)[:, :, :longest] for part in (0, 1))
+        keys_of, values_of = keys.transpose(2, 3).unbind(0), values.unbind(0)
+        lengths = torch.ones(span, dtype=torch.long)
+        where = torch.tensor(slots) - low
+        lengths[where] = torch.tensor(starts) + 1
+        beyond = torch.arange(longest) >= lengths.repeat_interleave(groups)[:, None, None]
+        mask = torch.zeros(beyond.shape, dtype=self._dtype).masked_fill_(beyond, -math.inf).to(self.device)
+        gaps = where.to(self.device) if span != len(slots) else None
+        scale = head_dim**-0.5
 
-        def attend(index: int, queries: Tensor) -> Tensor:
-            if sparse:
-                spread = queries.new_zeros(span, *queries.shape[1:])
-                spread[where - low] = queries
-                queries = spread
-            mixed = F.scaled_dot_product_attention(
-                queries.unflatten(1, (groups, -1)),
-                self._keys[index, low:high, :, :longest],
-                self._values[index, low:high, :, :longest],
-                attn_mask=mask,
-            )
-            return mixed[where - low] if sparse else mixed
+        def attend(layer: int, queries: Tensor) -> Tensor:
+            if gaps is not None:
+                queries = queries.new_zeros(span, *queries.shape[1:]).index_copy_(0, gaps, queries)
+            scores = torch.baddbmm(mask, queries.reshape(span * groups, -1, head_dim), keys_of[layer], alpha=scale)
+            mixed = torch.bmm(torch.softmax(scores, -1), values_of[layer]).view(span, -1)
+            return mixed if gaps is None else mixed[gaps]
 
         return attend
 
-    def _run(self, stack: Stack, tokens: Tensor, slots: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Compute every layer for new tokens, writing their keys and values; returns [tokens, hidden_size]."""
+    def _run(self, stack: Stack[Any], tokens: Tensor, positions: Tensor, rows: Tensor, attend: Attend) -> Tensor:
+        """Compute every layer for new tokens.
+
+        Args:
+            stack: The weights.
+            tokens: int64 [tokens].
+            positions: int64 [tokens], each token's place in its sequence.
+            rows: int64 [tokens], each token's row in `_cache_rows` counted from `_first_rows`.
+            attend: The attention over the cache, which holds the new keys and values when it is called.
+
+        Returns:
+            [tokens, hidden_size], before the last norm.
+        """
         config = self.config
-        rows, eps = len(tokens), config.rms_norm_eps
+        count = len(tokens)
         queries = config.num_attention_heads
         keys = queries + config.num_key_value_heads
         rotation = self._rotary[positions].unsqueeze(1)
+        written = (rows[:, None] + self._first_rows).flatten()
         hidden = F.embedding(tokens, self._embedding)
         for index, layer in enumerate(stack.layers):
-            qkv = layer.qkv(_rms_norm(hidden, layer.attention_norm, eps)).view(rows, -1, config.head_dim)
-            pairs = torch.view_as_complex(qkv[:, :keys].float().unflatten(-1, (-1, 2)))
-            rotated = torch.view_as_real(pairs * rotation).flatten(2).to(self._dtype)
-            self._keys[index][slots, :, positions] = rotated[:, queries:]
-            self._values[index][slots, :, positions] = qkv[:, keys:]
-            hidden = hidden + layer.out(attend(index, rotated[:, :queries]).reshape(rows, -1))
-            gate, up = layer.gate_up(_rms_norm(hidden, layer.mlp_norm, eps)).chunk(2, -1)
+            heads = layer.qkv(layer.attention_norm(hidden)).view(count, -1, config.head_dim)
+            _rotate(heads[:, :keys], rotation)
+            self._cache_rows[index].index_copy_(0, written, heads[:, queries:].reshape(-1, config.head_dim))
+            hidden += layer.out(attend(index, heads[:, :queries]).reshape(count, -1))
+            gate, up = layer.gate_up(layer.mlp_norm(hidden)).chunk(2, -1)
             hidden += layer.down(F.silu(gate).mul_(up))
         return hidden
 
+    def _logits(self, stack: Stack[Any], hidden: Tensor) -> Tensor:
+        logits: Tensor = stack.head(stack.norm(hidden))
+        return logits.float()
 
-def _rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(hidden, weight.shape, weight, eps)
+
+def _rotate(heads: Tensor, rotation: Tensor) -> None:
+    """Turn each pair of neighbouring dimensions, in place: [tokens, heads, head_dim] by [tokens, 1, head_dim / 2]."""
+    pairs = (*heads.shape[:-1], -1, 2)
+    if heads.dtype == torch.float32:
+        torch.view_as_complex(heads.view(pairs)).mul_(rotation)
+    else:
+        turned = torch.view_as_complex(heads.float().view(pairs)) * rotation
+        heads.copy_(torch.view_as_real(turned).flatten(2))
 
 
-def _pair_rows(rows: Tensor, heads: int) -> Tensor:
-    """Put dimension i + d/2 of each head beside dimension i, so that a rotation is one complex product."""
-    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+def _paired(heads: int, head_dim: int) -> Tensor:
+    """Return an order of rows with dimension i + d/2 of each head beside i, so that a rotation is a complex product."""
+    return torch.arange(heads * head_dim).view(heads, 2, head_dim // 2).transpose(1, 2).flatten()

@@ -48,7 +48,7 @@ class Sampler:
             self._generator.manual_seed(settings.seed)
 
     def draw(self, logits: Tensor) -> int:
-        """Return a token for float32 logits [vocab_size]; not for a greedy stream, whose argmax is taken for all at once."""
+        """Return a token for float32 logits [vocab_size]; a greedy stream takes their argmax instead."""
         probabilities = torch.softmax(logits.cpu() / self._temperature, dim=-1)
         if self._top_p == 1:
             return int(torch.multinomial(probabilities, 1, generator=self._generator))
@@ -101,9 +101,9 @@ def _overlap(text: str, stop: str) -> int:
 class IncrementalDecoder:
     """Turns tokens into text as they come; the pieces together equal the text of all tokens decoded at once.
 
-    A token may end within a character, whose bytes then decode to U+FFFD; such an end waits for the next token. Decoding
-    starts from the last place that was whole, with one piece before it, because the first token of a text may decode
-    differently (a dropped leading space).
+    A token may end within a character, whose bytes then decode to U+FFFD; such an end waits for the next token.
+    Decoding starts from the last place that was whole, with one piece before it, because the first token of a text
+    may decode differently (a dropped leading space).
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

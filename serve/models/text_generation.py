@@ -1,4 +1,4 @@
-"""Text generation with continuous batching: streams join and leave between steps, and a long prompt is read in pieces."""
+"""Text generation with continuous batching, so that streams join and leave between steps and share every step."""
 
 from __future__ import annotations
 
@@ -63,25 +63,31 @@ class Prepared:
 
 
 class _Stream:
-    """One request in its slot."""
+    """One request in its slot; it is `reading` until the cache holds all its tokens but the one to decode next."""
 
     def __init__(self, key: int, slot: int, prepared: Prepared, decoder: IncrementalDecoder, limit: int) -> None:
-        self.key, self.slot, self.prompt = key, slot, prepared.prompt
-        self.limit = limit  # tokens of the answer
-        self.read = 0  # tokens in the cache
-        self.tokens: list[int] = []
+        self.key, self.slot = key, slot
+        self.tokens = list(prepared.prompt)
+        self.reading = True
+        self.cached = 0  # tokens in the cache
+        self.exact = 0  # of those, how many from the start `prefill` has read
         self.sampler = Sampler(prepared.settings)
+        self._prompt_tokens, self._limit = len(prepared.prompt), len(prepared.prompt) + limit
         self._decoder, self._stops = decoder, StopStrings(prepared.settings.stop)
 
+    def read_again(self) -> None:
+        """Go back to where `prefill` had read."""
+        self.reading, self.cached = True, self.exact
+
     def take(self, token: int, *, ends: bool) -> Step:
-        """Add a token and return what it shows; `ends` tells an end-of-sequence token, which is no part of the answer."""
+        """Add a token and return what it shows; one that `ends` the sequence is no part of the answer."""
         if ends:
             return self._finish("", "stop", [])
         self.tokens.append(token)
         shown, stopped = self._stops.feed(self._decoder.feed(token))
         if stopped:
             return self._last(shown, "stop", [token])
-        if len(self.tokens) == self.limit:
+        if len(self.tokens) == self._limit:
             return self._finish(shown, "length", [token])
         return Step(self.key, {"text": shown, "token_ids": [token]})
 
@@ -94,8 +100,8 @@ class _Stream:
             "text": shown,
             "token_ids": token_ids,
             "finish_reason": reason,
-            "prompt_tokens": len(self.prompt),
-            "completion_tokens": len(self.tokens),
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": len(self.tokens) - self._prompt_tokens,
         }
         return Step(self.key, output, done=True)
 
@@ -103,7 +109,7 @@ class _Stream:
 class TextGeneration:
     """A model of the llama family, from a GGUF file or a Hugging Face folder.
 
-    `prepare` takes {"prompt": bytes | str} or {"messages": [{"role", "content"}, ...]}, either with {"parameters": ...}.
+    `prepare` takes {"prompt": bytes | str} or {"messages": [{"role", "content"}, ...]}, and {"parameters": {...}}.
     In a prompt, special tokens are special, as the model's own tokenizer has it; in messages they are plain text.
     """
 
@@ -149,8 +155,9 @@ class TextGeneration:
                 raise InvalidInput("is not an input of text-generation; it takes prompt or messages", place=str(key))
         if ("prompt" in item) == ("messages" in item):
             raise InvalidInput("give either prompt or messages", place="prompt")
-        settings = read_settings(item.get("parameters") or {}, default_max_tokens=self._default_max_tokens)
-        place, tokens = ("prompt", self._encode_prompt(item)) if "prompt" in item else ("messages", self._encode_chat(item))
+        settings = read_settings(item.get("parameters", {}), default_max_tokens=self._default_max_tokens)
+        place = "prompt" if "prompt" in item else "messages"
+        tokens = self._encode_prompt(item) if place == "prompt" else self._encode_chat(item)
         if not tokens:
             raise InvalidInput("is empty; text generation needs at least one token", place=place)
         if len(tokens) >= self._context_tokens:
@@ -192,54 +199,44 @@ class TextGeneration:
         self._free.append(self._streams.pop(key).slot)
 
     def step(self) -> Sequence[Step]:
-        """Compute a token of every stream whose prompt is read, and a piece of the prompts of the others."""
-        running = sorted((stream for stream in self._streams.values() if stream.tokens), key=lambda s: s.slot)
-        reading = [stream for stream in self._streams.values() if not stream.tokens]
+        """Compute a token of every stream whose tokens are read, then a piece of the tokens of the others."""
+        running = sorted((stream for stream in self._streams.values() if not stream.reading), key=lambda s: s.slot)
         steps = self._decode(running) if running else []
-        room = self._piece[1 if running else 0]
-        for stream in reading:
-            if room <= 0:
-                break
-            piece = stream.prompt[stream.read : stream.read + room]
-            logits = self._llama.prefill(piece, slot=stream.slot, start=stream.read)
-            stream.read += len(piece)
-            room -= len(piece)
-            if stream.read == len(stream.prompt):
-                steps.append(self._advance(stream, logits, int(logits.argmax())))
+        steps += self._read()
         for step in steps:
             if step.done:
                 self.release(step.key)
         return steps
 
     def _decode(self, streams: Sequence[_Stream]) -> list[Step]:
-        logits = self._forward(streams, exact=False)
-        likeliest = logits.argmax(-1).tolist()
-        for row, token in self._settle_near_ties(streams, logits):
-            likeliest[row] = token
-        steps = []
-        for row, stream in enumerate(streams):
-            stream.read += 1
-            steps.append(self._advance(stream, logits[row], likeliest[row]))
-        return steps
-
-    def _settle_near_ties(self, streams: Sequence[_Stream], logits: Tensor) -> Iterator[tuple[int, int]]:
-        """Yield (row, token) for greedy rows whose two best logits are too near for the weights they came from."""
-        if not self._llama.near_tie:
-            return
-        best = logits.topk(2).values
-        unsure = (best[:, 0] - best[:, 1] < self._llama.near_tie).tolist()
-        rows = [row for row, stream in enumerate(streams) if unsure[row] and stream.sampler.greedy]
-        if rows:
-            exact = self._forward([streams[row] for row in rows], exact=True)
-            yield from zip(rows, exact.argmax(-1).tolist(), strict=True)
-
-    def _forward(self, streams: Sequence[_Stream], *, exact: bool) -> Tensor:
-        return self._llama.decode(
+        decoded = self._llama.decode(
             [stream.tokens[-1] for stream in streams],
             slots=[stream.slot for stream in streams],
-            starts=[stream.read for stream in streams],
-            exact=exact,
+            starts=[stream.cached for stream in streams],
         )
+        steps = []
+        for stream, logits, token, sure in zip(streams, decoded.logits, decoded.likeliest, decoded.sure, strict=True):
+            stream.cached += 1
+            if stream.sampler.greedy and not sure:
+                stream.read_again()
+            else:
+                steps.append(self._advance(stream, logits, token))
+        return steps
+
+    def _read(self) -> Iterator[Step]:
+        """Read on in the streams that came first, and give each that is through its next token."""
+        streams = list(self._streams.values())
+        room = self._piece[0 if all(stream.reading for stream in streams) else 1]
+        for stream in streams:
+            if stream.reading and room > 0:
+                piece = stream.tokens[stream.cached : stream.cached + room]
+                logits = self._llama.prefill(piece, slot=stream.slot, start=stream.cached)
+                room -= len(piece)
+                stream.cached += len(piece)
+                stream.exact = stream.cached
+                if stream.cached == len(stream.tokens):
+                    stream.reading = False
+                    yield self._advance(stream, logits, int(logits.argmax()))
 
     def _advance(self, stream: _Stream, logits: Tensor, likeliest: int) -> Step:
         if stream.sampler.greedy:
@@ -267,9 +264,11 @@ def read_settings(parameters: Any, *, default_max_tokens: int) -> SamplingSettin
             )
 
     def number(name: str, kind: type, fits: Callable[[Any], bool], wanted: str, default: Any) -> Any:
-        value = parameters.get(name, default)
+        if name not in parameters:
+            return default
+        value = parameters[name]
         accepted = (int, float) if kind is float else kind
-        if value is default or (isinstance(value, accepted) and not isinstance(value, bool) and fits(value)):
+        if isinstance(value, accepted) and not isinstance(value, bool) and fits(value):
             return value
         raise InvalidInput(f"must be {wanted}, got {value!r}", place=f"parameters.{name}")
 

@@ -62,14 +62,14 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m loadtests.peers", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one round of two seconds a cell, reported apart")
     parser.add_argument("--rounds", type=int, help="default: 3")
-    parser.add_argument("--duration", type=float, metavar="S", help="seconds a cell; default: 8")
+    parser.add_argument("--duration", type=float, metavar="S", help="seconds a cell; default: 5")
     parser.add_argument("--only", action="append", choices=[peer.name for peer in PEERS], help="may be repeated")
     parser.add_argument("--models", nargs="+", choices=["minilm", "noop"], default=["minilm", "noop"])
     parser.add_argument("--no-bare", action="store_true", help="leave out the loops without a server")
     parser.add_argument("--output", type=Path, help="default: loadtests/reports")
     arguments = parser.parse_args()
     arguments.rounds = arguments.rounds or (1 if arguments.quick else 3)
-    arguments.duration = arguments.duration or (2.0 if arguments.quick else 8.0)
+    arguments.duration = arguments.duration or (2.0 if arguments.quick else 5.0)
     arguments.patience = 3.0 if arguments.quick else 60.0
     arguments.output = arguments.output or (WORK / "quick" if arguments.quick else ROOT / "loadtests" / "reports")
     return arguments

@@ -50,11 +50,12 @@ class RayDirectory:
 
 def ask() -> list[ModelStatus]:
     """Ask Ray for every declared model's state, and publish it."""
-    applications = ray_serve.status().applications
+    entries = phases.declared()
+    applications = ray_serve.status().applications if entries else {}
     last = {phase.model: phase for phase in phases.reported()}
     models = [
         model_status(entry, applications.get(application_name(str(entry["name"]))), last.get(str(entry["name"])))
-        for entry in phases.declared()
+        for entry in entries
     ]
     phases.publish(models)
     return models

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,13 @@ def problems_of(environment: dict[str, str]) -> list[str]:
     with pytest.raises(SpecError) as caught:
         Settings.from_environment(environment)
     return str(caught.value).split("\n")
+
+
+def test_the_documentation_lists_every_one():
+    page = (Path(__file__).parents[1] / "docs" / "operate.md").read_text()
+    for name, field in Settings.model_fields.items():
+        row = rf"^\| `ROUNDHOUSE_{name.upper()}` \| .+ \| {re.escape(str(field.description))} \|$"
+        assert re.search(row, page, re.M), name
 
 
 def test_defaults_need_no_variable():

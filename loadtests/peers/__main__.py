@@ -79,6 +79,8 @@ async def _measure(
     peer: Peer, model: str, answers: dict[str, np.ndarray], arguments: argparse.Namespace, round_number: int
 ) -> list[Cell]:
     """Start a server, measure each of its routes under each load, stop it."""
+    if not peer.routes(model):
+        return []
     server = Server(peer, model, seconds=arguments.duration, patience_s=arguments.patience)
     cells: list[Cell] = []
     try:

@@ -78,7 +78,7 @@ class Peer:
     Args:
         requirements: The environment's file under `requirements/`, without suffix; None is the project's own.
         start: (python, model, port) -> how to start it, model being `minilm` or `noop`.
-        routes: Of a model, the ways to ask for it.
+        routes: Of a model, the ways to ask for it; none where it takes no part.
     """
 
     name: str
@@ -120,10 +120,14 @@ def _plain(model: str, path: str) -> Sequence[Route]:
     return (Route("", path, lambda row: {"x": row}, lambda body: body["y"]),)
 
 
-def _roundhouse_start(python: Path, model: str, port: int) -> Start:
-    command = [python.parent / "roundhouse", "up", HERE / f"{model}.yaml", "--port", str(port)]
+def _roundhouse(declaration: str = "{model}.yaml") -> Callable[[Path, str, int], Start]:
     folders = {"ROUNDHOUSE_CACHE_DIR": str(WORK / "cache"), "ROUNDHOUSE_STATE_DIR": str(WORK / "state")}
-    return Start(command, {**folders, "PYTHONPATH": str(ROOT)})
+
+    def start(python: Path, model: str, port: int) -> Start:
+        command = [python.parent / "roundhouse", "up", HERE / declaration.format(model=model), "--port", str(port)]
+        return Start(command, {**folders, "PYTHONPATH": str(ROOT)})
+
+    return start
 
 
 def _embedding(body: Any) -> Answer:
@@ -201,7 +205,14 @@ def _kserve_routes(model: str) -> Sequence[Route]:
 
 
 PEERS = (
-    Peer("roundhouse", "Roundhouse", None, _roundhouse_start, _roundhouse_routes),
+    Peer("roundhouse", "Roundhouse", None, _roundhouse(), _roundhouse_routes),
+    Peer(
+        "roundhouse-two",
+        "Roundhouse, two replicas",
+        None,
+        _roundhouse("{model}-two.yaml"),
+        lambda model: _roundhouse_routes(model)[:1] if model == "minilm" else (),
+    ),
     Peer(
         "fastapi",
         "FastAPI, own asyncio batcher",

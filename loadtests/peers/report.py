@@ -56,8 +56,8 @@ def _lines(
         "",
         "## How to read it",
         "",
-        "- One copy of a model on one compute thread; batches of at most 32 within 5 ms where a peer has any; "
-        "access logs off.",
+        "- One copy of a model on one compute thread, so one core computes; the rows of two workers or replicas have "
+        "two copies and use both cores. Batches of at most 32 within 5 ms where a peer has any; access logs off.",
         "- Each figure is the median over the rounds, in which the peers took turns. Rank with them; gaps under 15 % "
         "are noise.",
         "- Open loop: requests at random times, 70 % of what the same peer answered with 32 clients in that round; "
@@ -126,7 +126,7 @@ def _number(value: float) -> str:
 
 def _label(peer: str, route: str) -> str:
     label = _LABELS[peer] + (f", {route}" if route else "")
-    return f"**{label}**" if peer == "roundhouse" else label
+    return f"**{label}**" if peer.startswith("roundhouse") else label
 
 
 def _machine() -> str:
@@ -159,7 +159,7 @@ def _plot(cells: Sequence[Cell], path: Path) -> None:
             key=lambda name: _median(of_load, name, "32", lambda cell: cell.rate),
         )
         labels = [_label(*name).strip("*") for name in names]
-        colours = ["tab:orange" if name[0] == "roundhouse" else "tab:gray" for name in names]
+        colours = ["tab:orange" if name[0].startswith("roundhouse") else "tab:gray" for name in names]
         left.barh(labels, [_median(of_load, name, "32", lambda cell: cell.rate) for name in names], color=colours)
         left.set_title(f"{_LOADS[load]}\nreq/s with 32 clients", fontsize=9)
         right.barh(labels, [_median(of_load, name, "32", lambda cell: cell.cpu_ms) for name in names], color=colours)

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from serve.runtime.front import keep_to_this_machine
 from serve.runtime.launcher import SCRIPT_VARIABLE, SOCKET_VARIABLE, send_order
 
 LAUNCHER = Path(__file__).with_name("launcher.py")
@@ -121,6 +122,7 @@ def _import_ray(environment: dict[str, str]) -> None:
         _leave_unseeded()
         for name in _RAY:
             importlib.import_module(name)
+        keep_to_this_machine()
 
 
 def _leave_unseeded() -> None:

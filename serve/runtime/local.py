@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 _OBJECT_STORE_BYTES = 80 * 2**20
 
 _DASHBOARD_PORT = 8265
+_NODE_WITHIN_S = 120.0
 
 # Elsewhere system libraries do not survive a fork.
 _CAN_FORK = sys.platform == "linux"
@@ -252,13 +254,29 @@ def _lean_node(*, dashboard: bool, fork: bool, ports: Sequence[int]) -> Iterator
     That is the process that sizes clusters, the one that copies logs to a driver that shows none, and, unless it was
     asked for, the dashboard's. `ray.init` has no arguments for them; Ray 2.60's private node and parameters have.
     """
-    from ray._private import node, parameter
+    from ray._private import node, parameter, services
 
     params, start_api_server, start_raylet = parameter.RayParams, node.Node.start_api_server, node.Node.start_raylet
+    get_node = services.get_node
+
+    raylets: list[Any] = []
 
     def start_and_announce(self: Any, *arguments: Any, **named: Any) -> None:
         start_raylet(self, *arguments, **named)
-        fork_server.announce(self.all_processes["raylet"][0].process.pid)
+        raylets.append(self.all_processes["raylet"][0].process)
+        if fork:
+            fork_server.announce(raylets[0].pid)
+
+    def wait_for_node(address: str, node_id: str) -> Any:
+        """Have the patience that Ray lacks: a machine that starts several platforms takes longer than half a minute."""
+        deadline = time.monotonic() + _NODE_WITHIN_S
+        while True:
+            try:
+                return get_node(address, node_id)
+            except RuntimeError:
+                if time.monotonic() > deadline or raylets[0].poll() is not None:
+                    raise
+                time.sleep(0.1)
 
     # A raylet that does not know its agents' ports waits fifteen seconds for them to be written down, and then ends: a
     # busy machine takes longer. One of them is the same number for every node otherwise.
@@ -267,8 +285,9 @@ def _lean_node(*, dashboard: bool, fork: bool, ports: Sequence[int]) -> Iterator
     )
     if fork:
         named["worker_path"] = str(fork_server.LAUNCHER)
-        node.Node.start_raylet = start_and_announce
+    node.Node.start_raylet = start_and_announce
     parameter.RayParams = functools.partial(params, no_monitor=True, include_log_monitor=False, **named)
+    services.get_node = wait_for_node
     if not dashboard:
         node.Node.start_api_server = lambda self, **_: None  # noqa: ARG005
     try:
@@ -276,6 +295,7 @@ def _lean_node(*, dashboard: bool, fork: bool, ports: Sequence[int]) -> Iterator
     finally:
         parameter.RayParams = params
         node.Node.start_api_server, node.Node.start_raylet = start_api_server, start_raylet
+        services.get_node = get_node
 
 
 def require_free_port(host: str, port: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import time
 from pathlib import Path
 
 import httpx
@@ -66,24 +67,39 @@ def test_speech_is_found_where_it_is(catalog: Running):
     assert all(start < end for start, end in segments)
 
 
-async def test_chat_streams_its_first_token_before_the_last_is_computed(catalog: Running):
-    client = openai.AsyncOpenAI(base_url=f"{catalog.url}/v1", api_key="none")
-    stream = await client.chat.completions.create(
+def streams_of(catalog: Running) -> tuple[int, int]:
+    """Return how many streams SmolLM2 computes now, and how many it has ended."""
+    (entry,) = httpx.get(f"{catalog.url}/v2/models/smollm2/stats").raise_for_status().json()["model_stats"]
+    return entry["queue"]["running"], entry["inference_count"]
+
+
+def test_chat_streams_its_first_token_before_the_last_is_computed(catalog: Running):
+    client = openai.OpenAI(base_url=f"{catalog.url}/v1", api_key="none")
+    _, ended = streams_of(catalog)
+    stream = client.chat.completions.create(
         model="smollm2",
         messages=[{"role": "user", "content": "Count from one to fifty in words."}],
-        max_tokens=400,
+        max_tokens=64,
         temperature=0,
         stream=True,
     )
-    first = None
-    async for chunk in stream:
-        if chunk.choices and chunk.choices[0].delta.content:
-            first = chunk.choices[0].delta.content
-            break
-    # The stream is left here: had all 400 tokens been computed before the first was sent, the replica would have
-    # reported them as done.
-    await stream.close()
+    texts = (chunk.choices[0].delta.content for chunk in stream if chunk.choices)
+    first = next(text for text in texts if text)
     assert first
+    assert streams_of(catalog) == (1, ended)  # the first is here while the model still computes the others
+    assert len([text for text in texts if text]) > 30
+    assert streams_of(catalog) == (0, ended + 1)
+
+
+def test_a_stream_that_is_left_ends(catalog: Running):
+    client = openai.OpenAI(base_url=f"{catalog.url}/v1", api_key="none")
+    stream = client.completions.create(model="smollm2", prompt="One, two,", max_tokens=1500, stream=True)
+    next(iter(stream))
+    stream.close()
+    began, running = time.monotonic(), 1
+    while running and time.monotonic() - began < 30:
+        running, _ = streams_of(catalog)
+    assert running == 0  # 1,500 tokens would take longer
 
 
 def test_chat_answers_a_question(catalog: Running):

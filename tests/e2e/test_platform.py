@@ -153,6 +153,19 @@ def test_a_killed_replica_comes_back_and_the_others_do_not_notice(platform: Runn
     assert {status for status in own.statuses if isinstance(status, int)} <= {200, 500, 503}
 
 
+def test_what_is_open_without_a_token_listens_on_this_machine_alone(platform: Running):
+    family = psutil.Process(platform.process.pid).children(recursive=True)
+    proxies = [process for process in family if process.name() == "haproxy"]
+    listening = [
+        tuple(found.laddr)
+        for process in proxies
+        for found in process.net_connections("tcp")
+        if found.status == psutil.CONN_LISTEN
+    ]
+    assert ("127.0.0.1", platform.port) in listening
+    assert {address for address, _ in listening} == {"127.0.0.1"}
+
+
 def test_status_is_json_for_scripts(platform: Running):
     import json
 

@@ -82,7 +82,6 @@ class TestParsing:
             ("hf:org/repo/sub/file.gguf", Source("hf", "org/repo", "sub/file.gguf")),
             ("hf:repo", Source("hf", "repo")),
             ("s3://bucket/a/b/", Source("s3", "bucket", "a/b")),
-            ("s3:bucket/a/b", Source("s3", "bucket", "a/b")),
             ("gs://bucket", Source("gs", "bucket")),
             ("https://Host:8443/a/b.zip?key=1", Source("https", "host:8443", "/a/b.zip", "key=1")),
             ("https://[::1]:8443/a", Source("https", "[::1]:8443", "/a")),

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
-
-import numpy as np
 
 Datatype = Literal[
     "BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64",
@@ -197,6 +195,3 @@ class SteppedModel(Protocol):
 
     def release(self, key: int) -> None:
         """Free a slot before its stream is done (its caller left)."""
-
-
-StreamParts = Iterator[Mapping[str, np.ndarray | bytes | Any]]

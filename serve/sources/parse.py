@@ -44,14 +44,12 @@ def parse_source(text: str) -> Source:
 
     Args:
         text: `package:NAME[/PATH]`, `file:PATH`, `hf:OWNER/NAME[/PATH]`, `s3://BUCKET[/PREFIX]`, `gs://BUCKET[/PREFIX]`
-            (both also without the slashes) or `https://HOST/FILE`.
+            or `https://HOST/FILE`.
 
     Raises:
         SourceError: It is none of these; the message says how it should read.
     """
     scheme = source_scheme(text)
-    if scheme in ("s3", "gs") and not text.startswith(f"{scheme}://"):
-        text = f"{scheme}://{text.partition(':')[2].lstrip('/')}"
     try:
         check_source(text)
     except PydanticCustomError as error:

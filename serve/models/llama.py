@@ -24,6 +24,7 @@ from serve.errors import LoadError
 
 SUPPORTED = ("llama", "mistral", "qwen2")
 
+_BLOCK = 64  # neighbouring logits whose greatest stands for them in the search for the best
 _CANDIDATES = 4  # best tokens of a row whose logits are computed again on the head as it was read
 _TIE_DEVIATIONS = 4  # standard deviations of a logit's error within which two logits are a tie
 _TIE_TOKENS = 24  # length of the sequence that the error is measured on
@@ -248,6 +249,20 @@ def pack(stack: Stack[Dense], progress: Progress) -> Stack[Packed]:
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens of one sequence that are read together.
+
+    Args:
+        slot: Where the sequence is.
+        start: Tokens that the slot holds already; these are written after them.
+    """
+
+    tokens: Sequence[int]
+    slot: int
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
 class Decoded:
     """What one token a row gave.
 
@@ -330,7 +345,7 @@ class Llama:
         """Return the margin between two logits below which float16 weights may have changed their order."""
         count = min(_TIE_TOKENS, self.context_tokens)
         tokens = torch.randint(self.config.vocab_size, (count,), generator=torch.Generator().manual_seed(0)).tolist()
-        packed, exact = (self._read(stack, tokens, slot=0, start=0) for stack in (self._fast, self._exact))
+        packed, exact = (self._read(stack, [Piece(tokens, slot=0, start=0)]) for stack in (self._fast, self._exact))
         error = self._logits(self._exact, packed) - self._logits(self._exact, exact)
         return _TIE_DEVIATIONS * float(error.std(-1).mean())
 
@@ -367,19 +382,35 @@ class Llama:
         )
 
     @torch.inference_mode()
-    def prefill(self, tokens: Sequence[int], *, slot: int, start: int) -> Tensor:
-        """Put a piece of a prompt into the cache, after the `start` tokens of its slot that are there.
+    def prefill(self, pieces: Sequence[Piece]) -> Tensor:
+        """Put pieces of prompts into the cache, of several slots at once because wide products are cheaper a row.
 
         Returns:
-            Logits of the last token, float32 [vocab_size].
+            Logits of each piece's last token, float32 [pieces, vocab_size].
         """
-        return self._logits(self._exact, self._read(self._exact, tokens, slot=slot, start=start)[-1:])[0]
+        hidden = self._read(self._exact, pieces)
+        ends = torch.tensor([len(piece.tokens) for piece in pieces]).cumsum(0) - 1
+        return self._logits(self._exact, hidden[ends.to(self.device)])
 
-    def _read(self, stack: Stack[Any], tokens: Sequence[int], *, slot: int, start: int) -> Tensor:
-        count = len(tokens)
-        end = start + count
-        mask = torch.ones(count, end, dtype=torch.bool, device=self.device).tril(start)
-        keys, values = (self._cache[:, part, slot : slot + 1, :, :end].unbind(0) for part in (0, 1))
+    def _read(self, stack: Stack[Any], pieces: Sequence[Piece]) -> Tensor:
+        counts = [len(piece.tokens) for piece in pieces]
+        attentions = [self._piece_attention(piece) for piece in pieces]
+
+        def attend(layer: int, queries: Tensor) -> Tensor:
+            parts = zip(attentions, queries.split(counts), strict=True)
+            return torch.cat([attention(layer, part) for attention, part in parts])
+
+        positions = torch.cat([torch.arange(piece.start, piece.start + len(piece.tokens)) for piece in pieces])
+        rows = positions + torch.tensor([piece.slot * self._slot_rows for piece in pieces]).repeat_interleave(
+            torch.tensor(counts)
+        )
+        tokens = torch.tensor([token for piece in pieces for token in piece.tokens])
+        return self._run(stack, *(part.to(self.device) for part in (tokens, positions, rows)), attend)
+
+    def _piece_attention(self, piece: Piece) -> Attend:
+        count, end = len(piece.tokens), piece.start + len(piece.tokens)
+        mask = torch.ones(count, end, dtype=torch.bool, device=self.device).tril(piece.start)
+        keys, values = (self._cache[:, part, piece.slot : piece.slot + 1, :, :end].unbind(0) for part in (0, 1))
 
         def attend(layer: int, queries: Tensor) -> Tensor:
             heads_first = queries.transpose(0, 1).unsqueeze(0)
@@ -388,9 +419,7 @@ class Llama:
             )
             return mixed[0].transpose(0, 1)
 
-        positions = torch.arange(start, end, device=self.device)
-        rows = positions + slot * self._slot_rows
-        return self._run(stack, torch.tensor(tokens, device=self.device), positions, rows, attend)
+        return attend
 
     @torch.inference_mode()
     def decode(self, tokens: Sequence[int], *, slots: Sequence[int], starts: Sequence[int]) -> Decoded:
@@ -408,13 +437,13 @@ class Llama:
         logits = self._logits(self._fast, hidden)
         if self._near_tie is None:
             return Decoded(logits, logits.argmax(-1).tolist(), [True] * len(tokens))
-        candidates = logits.topk(_CANDIDATES).indices
+        candidates = best(logits, _CANDIDATES)
         # The head's own rounding is the largest part of a logit's error, and a few of its rows cost nothing.
         exact = torch.bmm(self._exact.head.weight[candidates], self._exact.norm(hidden).unsqueeze(-1)).squeeze(-1)
         logits.scatter_(1, candidates, exact)
-        best = exact.topk(2)
-        likeliest = candidates.gather(1, best.indices[:, :1]).flatten().tolist()
-        return Decoded(logits, likeliest, (best.values[:, 0] - best.values[:, 1] > self._near_tie).tolist())
+        first = exact.topk(2)
+        likeliest = candidates.gather(1, first.indices[:, :1]).flatten().tolist()
+        return Decoded(logits, likeliest, (first.values[:, 0] - first.values[:, 1] > self._near_tie).tolist())
 
     def _decode_attention(self, slots: Sequence[int], starts: Sequence[int]) -> Attend:
         """Attend over the span of slots from the lowest to the highest row's, as far as the longest row goes.
@@ -477,6 +506,19 @@ class Llama:
     def _logits(self, stack: Stack[Any], hidden: Tensor) -> Tensor:
         logits: Tensor = stack.head(stack.norm(hidden))
         return logits.float()
+
+
+def best(logits: Tensor, count: int) -> Tensor:
+    """Return the indices of each row's `count` greatest values, int64 [rows, count], in no order.
+
+    They lie in the blocks with the `count` greatest maxima; the library's own search takes ten times as long.
+    """
+    padded = F.pad(logits, (0, -logits.shape[1] % _BLOCK), value=-math.inf) if logits.shape[1] % _BLOCK else logits
+    blocks = padded.view(len(logits), -1, _BLOCK)
+    count_of_blocks = min(count, blocks.shape[1])
+    chosen = blocks.amax(-1).topk(count_of_blocks).indices
+    inside = blocks.gather(1, chosen.unsqueeze(-1).expand(-1, -1, _BLOCK)).flatten(1).topk(count).indices
+    return chosen.gather(1, inside // _BLOCK) * _BLOCK + inside % _BLOCK
 
 
 def _rotate(heads: Tensor, rotation: Tensor) -> None:

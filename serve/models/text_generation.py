@@ -18,7 +18,7 @@ from serve.models.base import Item, LoadContext, Signature, Step, TensorSpec
 from serve.models.chat import read_messages, read_template
 from serve.models.devices import use_threads
 from serve.models.gguf_weights import convert_gguf
-from serve.models.llama import Llama
+from serve.models.llama import Llama, Piece
 from serve.models.sampling import IncrementalDecoder, Sampler, SamplingSettings, StopStrings
 
 if TYPE_CHECKING:
@@ -227,16 +227,19 @@ class TextGeneration:
         """Read on in the streams that came first, and give each that is through its next token."""
         streams = list(self._streams.values())
         room = self._piece[0 if all(stream.reading for stream in streams) else 1]
+        pieces: list[tuple[_Stream, Piece]] = []
         for stream in streams:
             if stream.reading and room > 0:
-                piece = stream.tokens[stream.cached : stream.cached + room]
-                logits = self._llama.prefill(piece, slot=stream.slot, start=stream.cached)
-                room -= len(piece)
-                stream.cached += len(piece)
-                stream.exact = stream.cached
-                if stream.cached == len(stream.tokens):
-                    stream.reading = False
-                    yield self._advance(stream, logits, int(logits.argmax()))
+                tokens = stream.tokens[stream.cached : stream.cached + room]
+                pieces.append((stream, Piece(tokens, slot=stream.slot, start=stream.cached)))
+                room -= len(tokens)
+        if not pieces:
+            return
+        for (stream, piece), logits in zip(pieces, self._llama.prefill([piece for _, piece in pieces]), strict=True):
+            stream.cached = stream.exact = piece.start + len(piece.tokens)
+            if stream.cached == len(stream.tokens):
+                stream.reading = False
+                yield self._advance(stream, logits, int(logits.argmax()))
 
     def _advance(self, stream: _Stream, logits: Tensor, likeliest: int) -> Step:
         if stream.sampler.greedy:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from serve.errors import LoadError
-from serve.models.llama import Llama
+from serve.models.llama import Llama, Piece, best
 
 TINY = {
     "vocab_size": 97,
@@ -71,6 +71,10 @@ def llama(tiny: Path) -> Llama:
     return load(tiny)
 
 
+def read(llama: Llama, tokens: list[int], *, slot: int, start: int) -> torch.Tensor:
+    return llama.prefill([Piece(tokens, slot=slot, start=start)])[0]
+
+
 def near(found: torch.Tensor, expected: torch.Tensor, *, within: float = 0.01) -> bool:
     return bool((found - expected).abs().max() < within * expected.abs().max())
 
@@ -91,7 +95,7 @@ def test_a_family_computes_what_transformers_computes(tmp_path: Path, kind: str,
     llama = load(tmp_path)
     with torch.no_grad():
         expected = reference(torch.tensor([TOKENS])).logits[0]
-    assert near(llama.prefill(TOKENS[:12], slot=1, start=0), expected[11], within=1e-5)
+    assert near(read(llama, TOKENS[:12], slot=1, start=0), expected[11], within=1e-5)
     for place in range(12, len(TOKENS)):
         decoded = llama.decode([TOKENS[place]], slots=[1], starts=[place])
         assert near(decoded.logits[0], expected[place])
@@ -99,30 +103,48 @@ def test_a_family_computes_what_transformers_computes(tmp_path: Path, kind: str,
 
 
 def test_a_prompt_read_in_pieces_is_the_prompt_read_at_once(llama: Llama) -> None:
-    whole = llama.prefill(TOKENS, slot=0, start=0)
+    whole = read(llama, TOKENS, slot=0, start=0)
     for start in range(0, len(TOKENS), 7):
-        pieces = llama.prefill(TOKENS[start : start + 7], slot=2, start=start)
+        pieces = read(llama, TOKENS[start : start + 7], slot=2, start=start)
     assert near(pieces, whole, within=1e-5)
+
+
+def test_prompts_read_together_do_not_see_each_other(llama: Llama) -> None:
+    prompts = {2: TOKENS[:9], 0: TOKENS[4:], 3: TOKENS[2:4]}
+    alone = []
+    for prompt in prompts.values():
+        read(llama, prompt[:1], slot=1, start=0)
+        alone.append(read(llama, prompt[1:], slot=1, start=1))
+    llama.prefill([Piece(prompt[:1], slot=slot, start=0) for slot, prompt in prompts.items()])
+    together = llama.prefill([Piece(prompt[1:], slot=slot, start=1) for slot, prompt in prompts.items()])
+    for row, expected in zip(together, alone, strict=True):
+        assert near(row, expected, within=1e-5)
+
+
+@pytest.mark.parametrize("size", [4, 63, 64, 65, 300, 4096])
+def test_the_best_logits_are_found(size: int) -> None:
+    logits = torch.randn(3, size, generator=torch.Generator().manual_seed(size))
+    assert best(logits, 4).sort().values.tolist() == logits.topk(4).indices.sort().values.tolist()
 
 
 @pytest.mark.parametrize("slots", [[0, 1, 2, 3], [1, 3], [3]])
 def test_rows_of_different_lengths_do_not_see_each_other(llama: Llama, slots: list[int]) -> None:
     for slot in range(4):
-        llama.prefill([90 - slot] * 30, slot=slot, start=0)  # what earlier streams left in the cache
+        read(llama, [90 - slot] * 30, slot=slot, start=0)  # what earlier streams left in the cache
     lengths = [3, 17, 1, 9]
     alone = []
     for slot in slots:
-        llama.prefill(TOKENS[: lengths[slot]], slot=0, start=0)
+        read(llama, TOKENS[: lengths[slot]], slot=0, start=0)
         alone.append(llama.decode([slot + 5], slots=[0], starts=[lengths[slot]]).logits[0])
     for slot in slots:
-        llama.prefill(TOKENS[: lengths[slot]], slot=slot, start=0)
+        read(llama, TOKENS[: lengths[slot]], slot=slot, start=0)
     together = llama.decode([slot + 5 for slot in slots], slots=slots, starts=[lengths[slot] for slot in slots])
     for row, expected in zip(together.logits, alone, strict=True):
         assert near(row, expected, within=1e-5)
 
 
 def test_the_whole_context_can_be_used(llama: Llama) -> None:
-    llama.prefill(TOKENS * 3, slot=3, start=0)
+    read(llama, TOKENS * 3, slot=3, start=0)
     for start in range(60, 64):
         assert llama.decode([1], slots=[3], starts=[start]).logits.isfinite().all()
 
@@ -132,7 +154,7 @@ def test_a_likeliest_token_that_is_sure_is_the_exact_one(smollm2_folder: Path, s
     sure = 0
     for answer in smollm2_greedy[:4]:
         prompt, ids = answer["prompt_ids"], answer["ids"][:24]
-        llama.prefill(prompt, slot=0, start=0)
+        read(llama, prompt, slot=0, start=0)
         for place, (token, following) in enumerate(itertools.pairwise(ids)):
             decoded = llama.decode([token], slots=[0], starts=[len(prompt) + place])
             assert decoded.likeliest == [following] or not decoded.sure[0]
@@ -146,14 +168,14 @@ def test_two_equal_logits_are_not_sure(tmp_path: Path) -> None:
         reference.lm_head.weight[:] = reference.lm_head.weight[:1]
     reference.save_pretrained(tmp_path)
     llama = load(tmp_path)
-    llama.prefill(TOKENS, slot=0, start=0)
+    read(llama, TOKENS, slot=0, start=0)
     assert llama.decode([5], slots=[0], starts=[len(TOKENS)]).sure == [False]
 
 
 def test_float16_on_a_cpu_asks_for_no_second_look(tiny: Path) -> None:
     llama, exact = load(tiny, dtype=torch.float16), load(tiny)
     for model in (llama, exact):
-        model.prefill(TOKENS, slot=0, start=0)
+        read(model, TOKENS, slot=0, start=0)
     rows = [model.decode([5], slots=[0], starts=[len(TOKENS)]) for model in (llama, exact)]
     assert rows[0].sure == [True]
     assert near(rows[0].logits, rows[1].logits)
@@ -163,7 +185,7 @@ def test_bfloat16_is_near(tiny: Path) -> None:
     rows = []
     for dtype in (torch.bfloat16, torch.float32):
         llama = load(tiny, dtype=dtype)
-        llama.prefill(TOKENS, slot=0, start=0)
+        read(llama, TOKENS, slot=0, start=0)
         rows.append(llama.decode([5], slots=[0], starts=[len(TOKENS)]).logits)
     assert near(rows[0], rows[1], within=0.1)
 
@@ -174,8 +196,8 @@ def test_bfloat16_is_near(tiny: Path) -> None:
 def test_a_gpu_computes_the_same(tiny: Path, dtype: torch.dtype, within: float) -> None:
     rows = []
     for llama in (load(tiny, device="cuda", dtype=dtype), load(tiny)):
-        llama.prefill(TOKENS, slot=0, start=0)
-        llama.prefill(TOKENS[:5], slot=2, start=0)
+        read(llama, TOKENS, slot=0, start=0)
+        read(llama, TOKENS[:5], slot=2, start=0)
         rows.append(llama.decode([5, 6], slots=[0, 2], starts=[len(TOKENS), 5]).logits.cpu())
     assert near(rows[0], rows[1], within=within)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
@@ -35,11 +36,23 @@ def build_once(cache_dir: Path, key: str, build: Callable[[Path], None]) -> Path
         try:
             build(partial)
             partial.chmod(0o755)
+            _write_through(partial)
             partial.rename(final)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
     return final
+
+
+def _write_through(folder: Path) -> None:
+    """Have the disk hold what the folder holds, so that a rename which survives a power loss names whole files."""
+    for path in (*folder.rglob("*"), folder):
+        if not path.is_symlink() and (path.is_file() or path.is_dir()):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def _remove_abandoned(final: Path) -> None:

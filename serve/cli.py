@@ -168,10 +168,13 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _predict(options: argparse.Namespace) -> int:
+    from serve.runtime import state
     from serve.runtime.predict import answer
 
+    settings = _settings(options)
+    running = state.read(settings, settings.port)
     return answer(
-        _settings(options).url,
+        running.url if running else settings.url,
         options.model,
         options.inputs,
         as_json=options.json,
@@ -183,9 +186,8 @@ def _down(options: argparse.Namespace) -> int:
     from serve.runtime import state
 
     _, running = _running(options)
-    print(f"stopping {running.url} (process {running.pid})")
-    if not state.stop(running, timeout_s=120):
-        raise RoundhouseError(f"process {running.pid} has not ended within 120 s; its logs are in {running.logs}")
+    print(f"stopping {running.url} (process {running.pid}), which finishes what is in flight", flush=True)
+    state.stop(running)
     print("stopped")
     return OK
 

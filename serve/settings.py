@@ -78,6 +78,13 @@ class Settings(BaseModel):
         except ValidationError as error:
             raise SpecError("\n".join(map(_line, error.errors(include_url=False)))) from error
 
+    @field_validator("host")
+    @classmethod
+    def _is_ipv4(cls, host: str) -> str:
+        if ":" in host:
+            raise ValueError("is an IPv6 address, which is not supported; give an IPv4 address or a name")
+        return host
+
     @field_validator("cache_dir", "state_dir")
     @classmethod
     def _from_home(cls, folder: Path) -> Path:

@@ -25,6 +25,12 @@ def test_the_documentation_lists_every_one():
         assert re.search(row, page, re.M), name
 
 
+def test_an_ipv6_address_is_refused_with_its_name():
+    (problem,) = problems_of({"ROUNDHOUSE_HOST": "::1"})
+    assert problem.startswith("ROUNDHOUSE_HOST: ")
+    assert "IPv4" in problem
+
+
 def test_defaults_need_no_variable():
     settings = Settings.from_environment({"PATH": "/bin"})
     assert (settings.host, settings.port, settings.offline) == ("127.0.0.1", 8000, False)

@@ -467,7 +467,9 @@ class TestReach:
         with pytest.raises(SourceError, match="ROUNDHOUSE_ALLOWED_HOSTS"):
             get(quick, "https://models.test/m.bin", sha256=sha256(BODY))
 
-    @pytest.mark.parametrize("address", ["93.184.216.34", "2606:2800:220:1::1", "::ffff:93.184.216.34"])
+    @pytest.mark.parametrize(
+        "address", ["93.184.216.34", "2606:2800:220:1::1", "::ffff:93.184.216.34", "64:ff9b::5db8:d822"]
+    )
     def test_the_address_that_was_judged_is_the_one_connected_to(
         self, quick: Settings, address: str, monkeypatch: pytest.MonkeyPatch
     ):
@@ -617,6 +619,19 @@ class TestArchives:
     def test_the_one_folder_at_its_top_is_the_model(self, quick: Settings, server: FileServer):
         folder = self.unpacked(quick, server, "m.tar", tar_of((member("model-1/config.json"), b"{}")))
         assert (folder / "config.json").read_bytes() == b"{}"
+
+    def test_a_hard_link_is_kept_below_a_cache_that_is_reached_by_a_link(
+        self, quick: Settings, server: FileServer, tmp_path: Path
+    ):
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "cache").symlink_to("elsewhere")
+        settings = quick.model_copy(update={"cache_dir": tmp_path / "cache"})
+        tar = tar_of((member("w.bin"), b"w"), (member("hard", tarfile.LNKTYPE, "w.bin"), b""))
+        assert (self.unpacked(settings, server, "m.tar", tar) / "hard").read_bytes() == b"w"
+
+    def test_a_name_that_no_host_can_have_is_told(self, quick: Settings):
+        with pytest.raises(SourceError, match="not the name of a host"):
+            get(quick, f"https://{'a' * 64}.test/m.bin", sha256=sha256(BODY))
 
     def test_links_that_stay_inside_are_kept(self, quick: Settings, server: FileServer):
         body = tar_of(

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from serve.runtime.front import keep_to_this_machine
+from serve.runtime.front import listen_on
 from serve.runtime.launcher import SCRIPT_VARIABLE, SOCKET_VARIABLE, send_order
 
 LAUNCHER = Path(__file__).with_name("launcher.py")
@@ -87,9 +87,13 @@ def _worker_script() -> str:
     return str(Path(found.origin).with_name("_private") / "workers" / "default_worker.py")
 
 
-def announce(raylet_pid: int) -> None:
-    """Let the fork server of this process import Ray, now that the raylet is known, before anybody asks for a fork."""
-    order = {"environment": {"RAY_JOB_ID": _FIRST_JOB, "RAY_RAYLET_PID": str(raylet_pid)}}
+def announce(raylet_pid: int, *, host: str) -> None:
+    """Let the fork server of this process import Ray, now that the raylet is known, before anybody asks for a fork.
+
+    Args:
+        host: Address that HAProxy shall serve on.
+    """
+    order = {"environment": {"RAY_JOB_ID": _FIRST_JOB, "RAY_RAYLET_PID": str(raylet_pid)}, "host": host}
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(os.environ[SOCKET_VARIABLE])
         send_order(connection, order)
@@ -108,6 +112,8 @@ def serve(listener: socket.socket, *, parent: int, modules: Sequence[str]) -> No
             with contextlib.suppress(OSError, ValueError):  # the launcher died; the raylet asks again
                 order, streams = _receive(connection)
                 _import_ray(order["environment"])
+                if "host" in order:
+                    listen_on(order["host"])
                 if "arguments" in order:
                     _fork(listener, connection, order, streams)
             connection.close()
@@ -122,7 +128,6 @@ def _import_ray(environment: dict[str, str]) -> None:
         _leave_unseeded()
         for name in _RAY:
             importlib.import_module(name)
-        keep_to_this_machine()
 
 
 def _leave_unseeded() -> None:

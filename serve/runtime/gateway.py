@@ -19,7 +19,7 @@ class Gateway:
 
     def __init__(self, settings: str) -> None:
         own = Settings.model_validate_json(settings)
-        self._app = build_gateway_app(RayDirectory(), settings=own, base_url=f"http://127.0.0.1:{own.port}")
+        self._app = build_gateway_app(RayDirectory(), settings=own, base_url=own.url)
         take_over(lambda: self._app)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

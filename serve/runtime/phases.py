@@ -1,4 +1,4 @@
-"""Where every replica says how far it is, kept in Ray's control store so that no further process is needed for it."""
+"""Where replicas say how far they are, kept in Ray's control store so that no further process is needed for it."""
 
 from __future__ import annotations
 
@@ -48,13 +48,12 @@ class ReplicaPhase:
 
 
 def report(phase: ReplicaPhase) -> None:
-    """Publish a replica's phase, replacing what it said before."""
-    key = f"phase/{phase.model}/{phase.replica}".encode()
-    _internal_kv_put(key, json.dumps(asdict(phase)).encode(), overwrite=True, namespace=_NAMESPACE)
+    """Publish a replica's phase, replacing what any replica of its model said before."""
+    _internal_kv_put(_key(phase.model), json.dumps(asdict(phase)).encode(), overwrite=True, namespace=_NAMESPACE)
 
 
 def reported() -> list[ReplicaPhase]:
-    """Return what every replica last said, oldest first; those that are gone included."""
+    """Return what a replica of each model last said, oldest first."""
     found = []
     for key in _internal_kv_list(b"phase/", namespace=_NAMESPACE):
         value = _internal_kv_get(key, namespace=_NAMESPACE)
@@ -65,8 +64,11 @@ def reported() -> list[ReplicaPhase]:
 
 def forget(model: str) -> None:
     """Remove what the replicas of a model said."""
-    for key in _internal_kv_list(f"phase/{model}/".encode(), namespace=_NAMESPACE):
-        _internal_kv_del(key, namespace=_NAMESPACE)
+    _internal_kv_del(_key(model), namespace=_NAMESPACE)
+
+
+def _key(model: str) -> bytes:
+    return f"phase/{model}".encode()
 
 
 def declare(models: Sequence[dict[str, Any]]) -> None:

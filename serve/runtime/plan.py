@@ -28,25 +28,14 @@ def diff(running: Mapping[str, ModelSpec], wanted: Sequence[ModelSpec]) -> Chang
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Capacity:
-    """What the local Ray node is told to have.
+def shortages(specs: Sequence[ModelSpec], *, cpus: int, memory_bytes: int, gpus: float) -> tuple[str, ...]:
+    """Return what a person should know of models that ask for more than this machine has.
 
-    Args:
-        cpus: At least what the machine has and at least what the models ask for, because replicas may share cores.
-        memory_bytes: Likewise.
-        notes: What a person should know about it.
+    Cores and memory are shared rather than waited for; a GPU that is not there is waited for.
     """
-
-    cpus: float
-    memory_bytes: int
-    notes: tuple[str, ...]
-
-
-def capacity(specs: Sequence[ModelSpec], *, cpus: int, memory_bytes: int) -> Capacity:
-    """Fit the local node to the declaration: on one machine models share cores rather than wait forever."""
     asked_cpus = sum(spec.resources.cpus * spec.scaling.max_replicas for spec in specs)
     asked_memory = sum((spec.resources.memory or 0) * spec.scaling.max_replicas for spec in specs)
+    asked_gpus = sum(spec.resources.gpus * spec.scaling.min_replicas for spec in specs)
     notes = []
     if asked_cpus > cpus:
         notes.append(f"the models ask for {asked_cpus:g} CPU cores and this machine has {cpus}: they share")
@@ -55,4 +44,10 @@ def capacity(specs: Sequence[ModelSpec], *, cpus: int, memory_bytes: int) -> Cap
             f"the models ask for {asked_memory / 2**30:.1f} GiB of memory and "
             f"{memory_bytes / 2**30:.1f} GiB are free: they may run out"
         )
-    return Capacity(max(asked_cpus, float(cpus)) + 1, max(asked_memory, memory_bytes), tuple(notes))
+    if asked_gpus > gpus:
+        names = ", ".join(spec.name for spec in specs if spec.resources.gpus)
+        notes.append(
+            f"the models ask for {asked_gpus:g} GPUs and this machine has {gpus:g}: {names} may wait for ever; "
+            "give them less of resources.gpus"
+        )
+    return tuple(notes)

@@ -15,6 +15,7 @@ import httpx
 from serve.errors import InvalidInput, RoundhouseError
 
 _TIMEOUT_S = 300.0
+_GENERATION = "roundhouse_text_generation"
 
 
 class RequestFailed(RoundhouseError):
@@ -29,7 +30,7 @@ def answer(base_url: str, model: str, inputs: Sequence[str], *, as_json: bool, m
         RequestFailed: The platform refused or is not there.
     """
     metadata = get(f"{base_url}/v2/models/{model}")
-    if not as_json and any(tensor["name"] == "prompt" for tensor in metadata["inputs"]):
+    if not as_json and metadata["platform"] == _GENERATION:
         print_stream(chat(base_url, model, " ".join(inputs), max_tokens=max_tokens))
         return 0
     answered = predict(f"{base_url}/v2/models/{model}", metadata, inputs)
@@ -146,9 +147,15 @@ def chat(base_url: str, model: str, prompt: str, *, max_tokens: int) -> Iterator
             response.read()
             parsed(response)
         for line in response.iter_lines():
-            if line.startswith("data: ") and line != "data: [DONE]":
-                for choice in json.loads(line[6:]).get("choices", ()):
+            if line == "data: [DONE]":
+                return
+            if line.startswith("data: "):
+                event = json.loads(line[6:])
+                if "error" in event:
+                    raise RequestFailed(event["error"]["message"])
+                for choice in event["choices"]:
                     yield choice["delta"].get("content") or ""
+    raise RequestFailed(f"{url}: the answer ended before it was whole")
 
 
 def print_stream(parts: Iterator[str]) -> None:

@@ -69,7 +69,7 @@ class ModelReplica:
 
     async def __del__(self) -> None:
         if hasattr(self, "_host"):
-            await self._host.drain(30.0)
+            await self._host.drain(max(30.0, self._spec.deadline_ms / 1000))
             await self._host.close()
 
 

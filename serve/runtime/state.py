@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
-import time
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
 
+from serve.errors import SpecError
 from serve.settings import Settings
 
 
@@ -36,18 +38,33 @@ def _path(settings: Settings, port: int) -> Path:
     return settings.state_dir / f"platform-{port}.json"
 
 
+def claim(settings: Settings) -> None:
+    """Make the folder of this word, before anything is started.
+
+    Raises:
+        SpecError: It cannot be written.
+    """
+    try:
+        settings.state_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=settings.state_dir):
+            pass
+    except OSError as error:
+        raise SpecError(f"ROUNDHOUSE_STATE_DIR: {settings.state_dir} cannot be written: {error.strerror}") from error
+
+
 def write(settings: Settings, running: Running) -> None:
     """Leave word of this platform, in one rename."""
     path = _path(settings, settings.port)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(asdict(running)))
     partial.replace(path)
 
 
 def remove(settings: Settings) -> None:
-    """Take the word back."""
-    _path(settings, settings.port).unlink(missing_ok=True)
+    """Take the word back, where it is this process's."""
+    running = read(settings, settings.port)
+    if running is not None and running.pid == os.getpid():
+        _path(settings, settings.port).unlink(missing_ok=True)
 
 
 def read(settings: Settings, port: int) -> Running | None:
@@ -69,18 +86,11 @@ def read(settings: Settings, port: int) -> Running | None:
     return None
 
 
-def stop(running: Running, *, timeout_s: float) -> bool:
-    """Ask a platform to drain and end; return whether it did within `timeout_s`."""
-    process = psutil.Process(running.pid)
-    process.send_signal(signal.SIGTERM)
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        try:
-            process.wait(timeout=0.2)
-        except psutil.TimeoutExpired:
-            if process.status() != psutil.STATUS_ZOMBIE:  # its own parent has yet to notice
-                continue
-        except psutil.NoSuchProcess:
-            pass
-        return True
-    return False
+def stop(running: Running) -> None:
+    """Ask a platform to drain and end, and wait for it; its longest deadline bounds that."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(running.pid)
+        process.send_signal(signal.SIGTERM)
+        while process.status() != psutil.STATUS_ZOMBIE:  # its own parent has yet to notice
+            with contextlib.suppress(psutil.TimeoutExpired):
+                process.wait(timeout=0.2)

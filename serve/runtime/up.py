@@ -25,6 +25,7 @@ from serve.spec import ModelSpec
 
 _STARTING_POLL_S = 0.5
 _SETTLED_POLL_S = 2.0
+_FIRST_ALONE_S = 20.0
 
 
 class Up:
@@ -37,7 +38,7 @@ class Up:
         self._stop = threading.Event()
         self._platform = Platform(settings, say=self._board.say, dashboard=dashboard)
         self._steps: dict[str, float] = {}
-        self._is_started = False
+        self._is_started = self._is_deaf = False
         self._seen = b""
 
     def run(self) -> int:
@@ -45,16 +46,19 @@ class Up:
         declaration = self._load()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
+        state.claim(self._settings)
         try:
             self._start(declaration)
             self._follow(declaration)
         finally:
             self._board.hide()
-            self._board.say("stopping: draining what is in flight")
+            if self._is_started:
+                self._board.say("stopping: draining what is in flight")
             with _deferred_signals():
                 self._platform.stop()
                 state.remove(self._settings)
-            self._board.say("stopped")
+            if self._is_started:
+                self._board.say("stopped")
         return 0
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
@@ -63,19 +67,24 @@ class Up:
         self._stop.set()
 
     def _load(self) -> Declaration:
-        self._seen = self._path.read_bytes() if self._path.is_file() else b""
+        self._seen = self._content()
         return load_declaration(self._path)
+
+    def _content(self) -> bytes:
+        try:
+            return self._path.read_bytes()
+        except OSError:
+            return b""  # reading it as a declaration tells why
 
     def _start(self, declaration: Declaration) -> None:
         began = time.monotonic()
         with self._board.working("starting the platform, about ten seconds"):
-            room = self._platform.start(declaration.models)
+            self._platform.start(declaration.models)
         self._is_started = True
         self._steps["Ray and Ray Serve"] = time.monotonic() - began
         for number in (signal.SIGINT, signal.SIGTERM):  # Ray has put its own in place
             signal.signal(number, self._on_signal)
-        for note in room.notes:
-            self._board.say(f"note: {note}")
+        self._warn(declaration)
         if not has_haproxy():
             self._board.say("note: HAProxy is not to be had here; Ray's own proxy is used, which is slower")
         state.write(
@@ -92,14 +101,35 @@ class Up:
         # The first model has the machine to itself until it answers, so that something does early.
         self._platform.apply(declaration.models, base_dir=declaration.base_dir, at_most=1)
 
-    def _follow(self, declaration: Declaration) -> None:
+    def _warn(self, declaration: Declaration) -> None:
+        for note in self._platform.shortages(declaration.models):
+            self._board.say(f"note: {note}")
+
+    def _ask(self) -> list[ModelStatus] | None:
+        """Return the models' state, or None while Ray does not tell: it brings a lost controller back by itself."""
         from serve.runtime import directory
 
-        announced = whole = False
-        while not self._stop.is_set():
+        try:
             models = directory.ask()
+        except Exception as error:
+            if not self._is_deaf:
+                self._board.say(f"Ray does not tell how the models are ({type(error).__name__}); asking again")
+            self._is_deaf = True
+            return None
+        self._is_deaf = False
+        return models
+
+    def _follow(self, declaration: Declaration) -> None:
+        announced = whole = False
+        began = time.monotonic()
+        while not self._stop.is_set():
+            models = self._ask()
+            if models is None:
+                self._stop.wait(_SETTLED_POLL_S)
+                continue
             self._board.show(models)
-            if not whole and any(settled(model) for model in models):
+            alone_s = time.monotonic() - began
+            if not whole and (any(settled(model) for model in models) or alone_s > _FIRST_ALONE_S):
                 self._platform.apply(declaration.models, base_dir=declaration.base_dir)
                 whole = True
             done = all(settled(model) for model in models)
@@ -113,17 +143,22 @@ class Up:
 
     def _edited(self) -> Declaration | None:
         """Return the declaration if its file changed and is right; a wrong edit is told and changes nothing."""
-        with contextlib.suppress(OSError):
-            if self._path.read_bytes() == self._seen:
-                return None
+        if self._content() == self._seen:
+            return None
         try:
             declaration = self._load()
         except SpecError as error:
             self._board.block(f"{self._path.name} changed, and is wrong; what runs goes on:\n{error}")
             return None
-        changes = self._platform.apply(declaration.models, base_dir=declaration.base_dir)
+        try:
+            changes = self._platform.apply(declaration.models, base_dir=declaration.base_dir)
+        except Exception as error:
+            self._board.say(f"{self._path.name} changed, and Ray did not take it ({error}); trying again")
+            self._seen = b""
+            return None
         parts = [f"starting {spec.name}" for spec in changes.deploy] + [f"removing {name}" for name in changes.remove]
         self._board.say(f"{self._path.name} changed: {', '.join(parts) or 'no model is different'}")
+        self._warn(declaration)
         return declaration
 
     def _announce(self, declaration: Declaration, models: list[ModelStatus]) -> None:

@@ -157,7 +157,9 @@ def _link(folder: Path, path: PurePosixPath, entry: _Entry) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         if entry.kind == "symlink":
             place.symlink_to(entry.link)
-        elif stat.S_ISREG((folder / target).lstat().st_mode) and (folder / target).resolve().is_relative_to(folder):
+        elif stat.S_ISREG((folder / target).lstat().st_mode) and (folder / target).resolve().is_relative_to(
+            folder.resolve()
+        ):
             place.hardlink_to(folder / target)
         else:
             raise refusal

@@ -83,8 +83,9 @@ class Reach:
 def forbidden(address: str) -> str | None:
     """Return why an IP address is none that a download may reach, or None for a public one."""
     ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped:
-        ip = ip.ipv4_mapped
+    if isinstance(ip, ipaddress.IPv6Address):
+        # In both forms the address reached is the one inside.
+        ip = ip.ipv4_mapped or (ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in _TRANSLATED else ip)
     for one in (ip, *_embedded(ip)):
         if one.is_loopback:
             return "this machine itself"
@@ -100,20 +101,20 @@ def forbidden(address: str) -> str | None:
 def _embedded(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
     if isinstance(ip, ipaddress.IPv4Address):
         return []
-    inner = [ip.sixtofour, *(ip.teredo or ())]
-    if ip in _TRANSLATED:
-        inner.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
-    return [one for one in inner if one is not None]
+    return [one for one in (ip.sixtofour, *(ip.teredo or ())) if one is not None]
 
 
 def connect(origin: Origin, reach: Reach, timeout_s: float) -> socket.socket:
     """Open a TCP connection to one of the addresses that the host had when they were judged.
 
     Raises:
-        SourceError: One of them is not public, and the operator did not name the host.
+        SourceError: One of them is not public, and the operator did not name the host; or the name cannot be one.
         OSError: The name does not resolve, or no address answers.
     """
-    found = socket.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
+    try:
+        found = socket.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
+    except UnicodeError as error:
+        raise SourceError(f"{origin.host} is not the name of a host: {error}") from error
     if not reach.names(origin):
         for *_, place in found:
             if reason := forbidden(str(place[0])):

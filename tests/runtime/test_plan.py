@@ -1,9 +1,9 @@
-"""What changes between two declarations, and what the local node is told to have."""
+"""What changes between two declarations, and what a machine lacks for one."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.runtime.plan import capacity, diff
+from serve.runtime.plan import diff, shortages
 from serve.spec import ModelSpec, Resources, Scaling
 
 
@@ -39,12 +39,18 @@ def test_applying_the_difference_gives_what_is_wanted(before: list[str], after: 
 
 def test_models_share_cores_rather_than_wait_forever():
     specs = [model(name, resources=Resources(cpus=2.0, memory=2**30), scaling=Scaling(max_replicas=2)) for name in "ab"]
-    room = capacity(specs, cpus=2, memory_bytes=2**30)
-    assert room.cpus >= 8
-    assert room.memory_bytes == 4 * 2**30
-    assert any("8 CPU cores" in note and "2" in note for note in room.notes)
-    assert any("4.0 GiB" in note and "1.0 GiB" in note for note in room.notes)
+    cores, memory = shortages(specs, cpus=2, memory_bytes=2**30, gpus=0)
+    assert "8 CPU cores" in cores
+    assert "has 2" in cores
+    assert "4.0 GiB" in memory
+    assert "1.0 GiB" in memory
+
+
+def test_a_gpu_that_is_not_there_is_told_with_who_waits():
+    (note,) = shortages([model("a", resources=Resources(gpus=0.5)), model("b")], cpus=2, memory_bytes=2**30, gpus=0)
+    assert "0.5 GPUs" in note
+    assert "a may wait for ever" in note
 
 
 def test_enough_room_needs_no_note():
-    assert capacity([model("a")], cpus=4, memory_bytes=2**30).notes == ()
+    assert shortages([model("a", resources=Resources(gpus=1))], cpus=4, memory_bytes=2**30, gpus=1) == ()

@@ -30,7 +30,7 @@ format: $(VENV)/.dev ## Mend what lint can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev ## Compare with the peers, side by side (an hour; ARGS=--quick for minutes)
+bench: $(VENV)/.dev ## Compare with the peers, side by side (ninety minutes; ARGS=--quick for fewer)
 	$(BIN)/python -m loadtests.peers $(ARGS)
 
 lock: $(UV) ## Resolve the dependencies again

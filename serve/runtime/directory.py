@@ -98,6 +98,7 @@ def model_status(
         ready_replicas=running,
         target_replicas=target,
         max_request_bytes=entry["limits"]["max_request_bytes"],
+        request=last.request if last else None,
     )
 
 

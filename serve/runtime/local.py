@@ -246,21 +246,31 @@ class Platform:
     def stop(self) -> None:
         """Drain the models, then end every process that was started here and remove the run's folder."""
         family = _descendants()
-        with contextlib.suppress(Exception):
+        if "ray" in sys.modules:
             import ray
-            from ray._private import worker
-            from ray.serve import context
 
             if ray.is_initialized():
-                # Ray prints that actors die, which is what stopping means.
-                worker.print_to_stdstream = lambda *_, **__: None
-                context.get_global_client().shutdown(timeout_s=_drain_s(list(self._running.values())))
+                try:
+                    self._drain()
+                except Exception as error:
+                    self._say(f"what is in flight could not be waited for ({type(error).__name__}: {error})")
                 family |= _descendants()
                 ray.shutdown()
         _end(family | _descendants())
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
+
+    def _drain(self) -> None:
+        import ray.serve as ray_serve
+        from ray._private import worker
+        from ray.serve import context
+
+        # Ray prints that actors die, which is what stopping means.
+        worker.print_to_stdstream = lambda *_, **__: None
+        client = context._get_global_client()
+        client.shutdown = functools.partial(client.shutdown, timeout_s=_drain_s([*self._running.values()]))
+        ray_serve.shutdown()
 
 
 @contextlib.contextmanager

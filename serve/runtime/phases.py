@@ -35,6 +35,7 @@ class ReplicaPhase:
         done: Bytes or steps done, of `total`; 0 of 0 where unknown.
         at: Unix time, seconds.
         seconds: Finished phases of this replica and how long each took.
+        request: Of a ready replica, a body that `infer` answers, where the task alone does not tell.
     """
 
     model: str
@@ -45,6 +46,7 @@ class ReplicaPhase:
     total: int
     at: float
     seconds: dict[str, float]
+    request: dict[str, Any] | None = None
 
 
 def report(phase: ReplicaPhase) -> None:
@@ -115,7 +117,9 @@ class PhaseReporter:
         self._sent = 0.0
         self._seconds: dict[str, float] = {}
 
-    def __call__(self, phase: str, message: str = "", done: int = 0, total: int = 0) -> None:
+    def __call__(
+        self, phase: str, message: str = "", done: int = 0, total: int = 0, request: dict[str, Any] | None = None
+    ) -> None:
         """Publish; called from any one thread at a time."""
         now = time.time()
         if phase != self._phase:
@@ -123,7 +127,7 @@ class PhaseReporter:
                 spent = now - self._entered
                 self._seconds[self._phase] = round(self._seconds.get(self._phase, 0.0) + spent, 3)
             self._phase, self._entered = phase, now
-        elif now - self._sent < 0.1:
+        elif request is None and now - self._sent < 0.1:
             return
         self._sent = now
-        report(ReplicaPhase(self._model, self._replica, phase, message, done, total, now, dict(self._seconds)))
+        report(ReplicaPhase(self._model, self._replica, phase, message, done, total, now, dict(self._seconds), request))

@@ -11,6 +11,7 @@ from typing import Any
 import ray.serve as ray_serve
 from fastapi import FastAPI
 
+from serve.api.documents import infer_example
 from serve.api.model_app import build_model_app
 from serve.host import Host, Phase
 from serve.runtime.ingress import take_over
@@ -23,6 +24,8 @@ SWITCH_INTERVAL_S = 0.0005
 
 # The Host bounds its queue in items and bytes and answers 429 itself; Ray's own bound would answer without a reason.
 MAX_ONGOING_REQUESTS = 100_000
+
+_LONGEST_EXAMPLE = 2000  # characters that people still paste
 
 
 def application_name(model: str) -> str:
@@ -57,7 +60,12 @@ class ModelReplica:
         except Exception as error:
             say("failed", f"{type(error).__name__}: {error}")
             raise
-        say("ready", f"pid {os.getpid()}")
+        say("ready", f"pid {os.getpid()}", request=self._own_request())
+
+    def _own_request(self) -> dict[str, Any] | None:
+        """Return a request that a user's class answers; those of the other tasks are known."""
+        example = infer_example(self._host.signature) if self._spec.task == "python" else None
+        return example if len(json.dumps(example)) <= _LONGEST_EXAMPLE else None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app

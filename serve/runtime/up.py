@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -162,16 +163,18 @@ class Up:
         return declaration
 
     def _announce(self, declaration: Declaration, models: list[ModelStatus]) -> None:
-        ready = {model.name for model in models if model.phase == "ready"}
+        ready = {model.name: model for model in models if model.phase == "ready"}
         lines = ["", self._time_spent(), "", f"{len(ready)} of {len(models)} models are ready:"]
         lines += [self._line(spec, ready) for spec in declaration.models]
         lines += ["", f"Documentation: {self._settings.url}/docs    Stop: Ctrl-C, or roundhouse down", ""]
         self._board.block("\n".join(lines))
 
-    def _line(self, spec: ModelSpec, ready: set[str]) -> str:
+    def _line(self, spec: ModelSpec, ready: Mapping[str, ModelStatus]) -> str:
         if spec.name not in ready:
             return f"  {spec.name:<14} failed; see above, and the logs in {self._platform.logs}"
-        return f"  {spec.name:<14} {curl(spec.name, spec.task, self._settings.url)}"
+        request = ready[spec.name].request
+        body = json.dumps(request) if request else None
+        return f"  {spec.name:<14} {curl(spec.name, spec.task, self._settings.url, request=body)}"
 
     def _time_spent(self) -> str:
         from serve.runtime import phases

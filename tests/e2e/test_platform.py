@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import signal
 import socket
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.e2e
 
 CLASS = '''
 import os
+import numpy as np
 from serve.models.base import Signature, TensorSpec
 
 class Double:
@@ -31,6 +33,7 @@ class Double:
         self.signature = Signature(
             inputs=(TensorSpec("x", "FP32", (-1, -1), "numbers"),),
             outputs=(TensorSpec("y", "FP32", (-1, -1), "numbers"), TensorSpec("pid", "INT64", (-1,), "process")),
+            example={"x": np.array([1, 2], np.float32)},
         )
 
     def predict(self, batch):
@@ -107,6 +110,12 @@ class Load:
 def test_a_users_class_answers(platform: Running):
     values, _ = answer(platform.url, "one")
     assert values == [2, 4]
+
+
+def test_the_documents_show_a_request_that_it_answers(platform: Running):
+    page = html.unescape(httpx.get(f"{platform.url}/docs").raise_for_status().text)
+    assert '"shape": [1, 2]' in page
+    assert '"shape": [1, 2]' in platform.log.read_text()
 
 
 def test_an_edit_changes_only_its_model(platform: Running):

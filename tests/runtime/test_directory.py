@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,11 @@ def application(status: str, message: str = "", **states: int) -> Any:
 
 def said(phase: str, message: str = "", done: int = 0, total: int = 0) -> ReplicaPhase:
     return ReplicaPhase("a", "r", phase, message, done, total, 0.0, {})
+
+
+def test_a_request_that_a_replica_tells_is_shown():
+    told = replace(said("ready"), request={"inputs": []})
+    assert model_status(ENTRY, application("RUNNING", RUNNING=1), told).request == {"inputs": []}
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,14 @@ class TextGeneration:
                 f"{self._context_tokens - 1} and an answer",
                 place=place,
             )
+        # The tokenizer of a fine-tune may have tokens that were never given a row; one would fail its whole batch.
+        if max(tokens) >= (size := self._llama.config.vocab_size):
+            text = self._tokenizer.id_to_token(max(tokens))
+            raise InvalidInput(
+                f"holds token {max(tokens)} ({text!r}), which is outside the model's vocabulary of {size} tokens; "
+                "leave it out",
+                place=place,
+            )
         return Prepared(tuple(tokens), settings)
 
     def _encode_prompt(self, item: Item) -> list[int]:

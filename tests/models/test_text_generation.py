@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from serve.errors import InvalidInput, LoadError, PredictionFailed, UnsupportedParameter
 from serve.models.base import LoadContext, SteppedModel
@@ -45,6 +46,33 @@ def model(smollm2_gguf: Path, smollm2_cache: Path, smollm2_folder: Path) -> Text
 @pytest.fixture(scope="module")
 def tokenizer(smollm2_folder: Path) -> Tokenizer:
     return Tokenizer.from_file(str(smollm2_folder / "tokenizer.json"))
+
+
+BYTES = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+
+
+def write_tiny(folder: Path, *, added: Sequence[str] = ()) -> Path:
+    """Write a small random model whose tokens are the 256 bytes; `added` ones lie outside its vocabulary."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(BYTES),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.5,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer = Tokenizer(models.BPE(BYTES, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in added])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
 
 
 def ask(text: str, **parameters: Any) -> dict[str, Any]:
@@ -278,6 +306,18 @@ def test_a_draw_that_fails_fails_its_stream_alone(model: TextGeneration, monkeyp
 def test_a_wrong_item_is_refused_with_its_place(model: TextGeneration, item: Any, complaint: str) -> None:
     with pytest.raises(InvalidInput, match=complaint):
         model.prepare(item)
+
+
+def test_a_token_outside_the_models_vocabulary_is_refused_and_the_model_serves_without_it(tmp_path: Path) -> None:
+    template = "{{ messages[0].content }}{% if messages[0].role == 'system' %}<pad>{% endif %}"
+    model = load(write_tiny(tmp_path, added=["<pad>"]), tmp_path / "cache", chat_template=template)
+    complaint = r"token 256 \('<pad>'\), which is outside the model's vocabulary of 256 tokens; leave it out"
+    with pytest.raises(InvalidInput, match=f"^prompt: holds {complaint}"):
+        model.prepare({"prompt": "a<pad>b"})
+    with pytest.raises(InvalidInput, match=f"^messages: holds {complaint}"):
+        model.prepare({"messages": [{"role": "system", "content": "a"}]})
+    (parts,) = run(model, [ask("a<pad>b", max_tokens=3)])
+    assert parts[-1]["prompt_tokens"] == 7
 
 
 def test_an_unknown_parameter_is_named_with_what_is_supported(model: TextGeneration) -> None:

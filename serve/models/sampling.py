@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 #: Tokens that a top_p draw looks at before it sorts the whole vocabulary.
 _CANDIDATES = 512
 
+#: A temperature below this is 0: dividing by it would overflow, and only tokens that all but tie could differ.
+_LOWEST_TEMPERATURE = 1e-5
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingSettings:
@@ -22,7 +25,7 @@ class SamplingSettings:
 
     Args:
         max_tokens: Tokens of the answer at most.
-        temperature: 0 takes the likeliest token; above that, logits are divided by it.
+        temperature: 0 (or next to it) takes the likeliest token; above that, logits are divided by it.
         top_p: Draw among the likeliest tokens whose probability together reaches this (arXiv:1904.09751).
         seed: Makes the draws repeatable; none draws anew each time.
         stop: Texts that end the answer; they are not part of it.
@@ -39,7 +42,7 @@ class Sampler:
     """Draws the tokens of one stream with a generator of its own, so that its neighbours do not change them."""
 
     def __init__(self, settings: SamplingSettings) -> None:
-        self.greedy = settings.temperature == 0
+        self.greedy = settings.temperature < _LOWEST_TEMPERATURE
         self._temperature, self._top_p = settings.temperature, settings.top_p
         self._generator = torch.Generator()
         if settings.seed is None:

@@ -38,6 +38,12 @@ def test_draws_follow_the_probabilities_and_the_temperature() -> None:
     assert counts.tolist() == pytest.approx([0.25 / 0.38, 0.09 / 0.38, 0.04 / 0.38], abs=0.03)
 
 
+@given(st.floats(0, 1e-3))
+def test_a_temperature_next_to_nothing_takes_the_likeliest_token(temperature: float) -> None:
+    sampler = Sampler(SamplingSettings(max_tokens=1, temperature=temperature, seed=0))
+    assert sampler.greedy or sampler.draw(torch.tensor([-30.0, 40.0, 39.0, -torch.inf])) == 1
+
+
 @pytest.mark.parametrize(("top_p", "kept"), [(0.4, {0}), (0.5, {0}), (0.6, {0, 1}), (0.85, {0, 1, 2})])
 def test_top_p_draws_among_the_fewest_likeliest_that_reach_it(top_p: float, kept: set[int]) -> None:
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()

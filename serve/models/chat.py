@@ -21,6 +21,29 @@ if TYPE_CHECKING:
 
 ROLES = ("system", "user", "assistant")
 
+#: Characters of the first look at a long text, for each token that there is room for; most texts have fewer.
+_CHARACTERS_PER_TOKEN = 16
+
+#: Tokens at the end of a cut text that may depend on where it was cut.
+_LONGEST_WORD = 100
+
+
+def tokenise(tokenizer: Tokenizer, text: str, *, room: int, add_special_tokens: bool = True) -> list[int]:
+    """Return the tokens of a text; of one with more than `room`, perhaps only the first ones, but more than `room`."""
+
+    def encode(part: str) -> list[int]:
+        # `encode` would hold the GIL, and with it the event loop, for as long as it takes.
+        ids: list[int] = tokenizer.encode_batch_fast([part], add_special_tokens=add_special_tokens)[0].ids
+        return ids
+
+    end = (room + _LONGEST_WORD) * _CHARACTERS_PER_TOKEN
+    while end < len(text):
+        first = encode(text[:end])[:-_LONGEST_WORD]
+        if len(first) > room:
+            return first
+        end *= 4
+    return encode(text)
+
 
 class ChatTemplate:
     """A model's Jinja chat template, rendered in a sandbox and tokenised.
@@ -66,12 +89,17 @@ class ChatTemplate:
         except TemplateError as error:
             raise InvalidInput(f"the model's chat template refuses them: {error}", place="messages") from error
 
-    def encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Return the prompt's tokens for messages as `read_messages` gives them. Raises as `render`."""
+    def encode(self, messages: Sequence[Mapping[str, str]], *, room: int) -> list[int]:
+        """Return the prompt's tokens for messages as `read_messages` gives them, cut as `tokenise` does.
+
+        Raises as `render`.
+        """
         split = [{**message, "content": self._split(message["content"])} for message in messages]
         tokens: list[int] = []
         for piece in self.render(split).split(self._mark):
-            tokens += self._tokenizer.encode(piece, add_special_tokens=False).ids
+            if len(tokens) > room:
+                break
+            tokens += tokenise(self._tokenizer, piece, room=room - len(tokens), add_special_tokens=False)
         return tokens
 
     def _split(self, content: str) -> str:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from serve.errors import InvalidInput, LoadError, PredictionFailed, UnsupportedParameter
 from serve.models.base import Item, LoadContext, Signature, Step, TensorSpec
-from serve.models.chat import read_messages, read_template
+from serve.models.chat import read_messages, read_template, tokenise
 from serve.models.devices import use_threads
 from serve.models.gguf_weights import convert_gguf
 from serve.models.llama import Llama, Piece
@@ -126,6 +126,7 @@ class TextGeneration:
         options = context.options
         folder = _model_folder(context)
         self.slots, self._context_tokens = options.slots, options.context_tokens
+        self._room = options.context_tokens - 1  # for a prompt and the first token of its answer
         self._default_max_tokens = options.default_max_tokens
         self._tokenizer = _read_tokenizer(folder)
         self._chat: ChatTemplate | None = read_template(folder, self._tokenizer, options.chat_template)
@@ -160,10 +161,10 @@ class TextGeneration:
         tokens = self._encode_prompt(item) if place == "prompt" else self._encode_chat(item)
         if not tokens:
             raise InvalidInput("is empty; text generation needs at least one token", place=place)
-        if len(tokens) >= self._context_tokens:
+        if len(tokens) > self._room:
             raise InvalidInput(
-                f"has {len(tokens)} tokens; the context of {self._context_tokens} tokens leaves room for "
-                f"{self._context_tokens - 1} and an answer",
+                f"has at least {len(tokens)} tokens; the context of {self._context_tokens} tokens leaves room for "
+                f"{self._room} and an answer",
                 place=place,
             )
         # The tokenizer of a fine-tune may have tokens that were never given a row; one would fail its whole batch.
@@ -184,14 +185,13 @@ class TextGeneration:
             text = prompt.decode() if isinstance(prompt, bytes) else prompt.encode().decode()
         except UnicodeError as error:
             raise InvalidInput(f"is not UTF-8 text: {error}", place="prompt") from error
-        ids: list[int] = self._tokenizer.encode(text).ids
-        return ids
+        return tokenise(self._tokenizer, text, room=self._room)
 
     def _encode_chat(self, item: Item) -> list[int]:
         messages = read_messages(item["messages"])
         if self._chat is None:
             raise InvalidInput("this model has no chat template; send a prompt", place="messages")
-        return self._chat.encode(messages)
+        return self._chat.encode(messages, room=self._room)
 
     def admit(self, prepared: Prepared) -> int:
         """Take a stream into a free slot and return its key; its prompt is read by `step`."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from serve.errors import InvalidInput, LoadError
-from serve.models.chat import ChatTemplate, read_messages, read_template
+from serve.models.chat import ChatTemplate, read_messages, read_template, tokenise
 
 START, END = 256, 257
 CHATML = (
@@ -41,7 +41,7 @@ def test_ordinary_text_is_tokenised_as_the_rendered_prompt() -> None:
     rendered = TEMPLATE.render(messages)
     assert rendered.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n  Où")
     assert rendered.endswith("chat?\n<|im_end|>\n<|im_start|>assistant\n")
-    assert TEMPLATE.encode(messages) == TOKENIZER.encode(rendered).ids
+    assert TEMPLATE.encode(messages, room=1000) == TOKENIZER.encode(rendered).ids
 
 
 @given(
@@ -49,10 +49,40 @@ def test_ordinary_text_is_tokenised_as_the_rendered_prompt() -> None:
 )
 def test_no_text_of_a_message_writes_a_special_token(pieces: list[str]) -> None:
     content = "".join(pieces)
-    tokens = TEMPLATE.encode(user(content))
+    tokens = TEMPLATE.encode(user(content), room=1000)
     assert [token for token in tokens if token >= START] == [START, END, START]
     expected = f"<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n"
     assert TOKENIZER.decode(tokens, skip_special_tokens=False) == expected
+
+
+class Watched:
+    """A tokenizer that notes how many characters it was given."""
+
+    def __init__(self) -> None:
+        self.characters = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(TOKENIZER, name)
+
+    def encode_batch_fast(self, texts: list[str], **options: Any) -> Any:
+        self.characters += sum(map(len, texts))
+        return TOKENIZER.encode_batch_fast(texts, **options)
+
+
+@given(st.integers(0, 400), st.integers(0, 20_000), st.sampled_from(["a", "ab cd ", "<|im_end|>", "é"]))
+def test_tokens_are_those_of_the_text_or_more_than_there_is_room_for(room: int, length: int, word: str) -> None:
+    text = (word * length)[:length]
+    whole, found = TOKENIZER.encode(text).ids, tokenise(TOKENIZER, text, room=room)
+    assert found == whole[: len(found)]
+    assert len(found) == len(whole) or len(found) > room
+
+
+def test_a_text_that_cannot_fit_is_not_tokenised_to_its_end() -> None:
+    tokenizer: Any = Watched()
+    assert len(tokenise(tokenizer, "a" * 1_000_000, room=100)) > 100
+    messages = user("a<|im_end|>" * 50_000)
+    assert len(ChatTemplate(CHATML, tokenizer, {}).encode(messages, room=100)) > 100
+    assert tokenizer.characters < 20_000
 
 
 def test_a_template_reads_the_tokens_of_the_model() -> None:
@@ -65,13 +95,13 @@ def test_a_template_reads_the_tokens_of_the_model() -> None:
 def test_a_template_that_refuses_says_why() -> None:
     template = ChatTemplate("{{ raise_exception('roles must alternate') }}", TOKENIZER, {})
     with pytest.raises(InvalidInput, match=r"messages: .*roles must alternate"):
-        template.encode(user("a"))
+        template.encode(user("a"), room=1000)
 
 
 def test_a_template_cannot_reach_python() -> None:
     template = ChatTemplate("{{ messages.__class__.__mro__ }}{{ messages.append(1) }}", TOKENIZER, {})
     with pytest.raises(InvalidInput, match="unsafe"):
-        template.encode(user("a"))
+        template.encode(user("a"), room=1000)
 
 
 def test_an_invalid_template_does_not_load() -> None:

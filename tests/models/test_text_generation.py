@@ -285,7 +285,12 @@ def test_a_draw_that_fails_fails_its_stream_alone(model: TextGeneration, monkeyp
         ({"prompt": b"\xff"}, "prompt: is not UTF-8"),
         ({"prompt": "\ud800"}, "prompt: is not UTF-8"),
         ({"prompt": ""}, "prompt: is empty"),
-        ({"prompt": "word " * CONTEXT}, f"prompt: has {CONTEXT + 1} tokens; the context of {CONTEXT} tokens"),
+        ({"prompt": "word " * CONTEXT}, f"prompt: has at least {CONTEXT + 1} tokens; the context of {CONTEXT} tokens"),
+        (
+            {"prompt": "word " * 50_000},
+            rf"prompt: has at least \d+ tokens; .* leaves room for {CONTEXT - 1} and an answer",
+        ),
+        (ask("word " * 50_000), rf"messages: has at least \d+ tokens; .* leaves room for {CONTEXT - 1} and an answer"),
         ({"messages": [{"role": "x", "content": ""}]}, r"messages\[0\].role"),
         ({"prompt": "a", "parameters": []}, "parameters: must be an object, got list"),
         ({"prompt": "a", "parameters": {"max_tokens": 0}}, "parameters.max_tokens: must be an integer from 1, got 0"),

@@ -232,15 +232,14 @@ class TextGeneration:
         return steps
 
     def _read(self) -> Iterator[Step]:
-        """Read on in the streams that came first, and give each that is through its next token."""
-        streams = list(self._streams.values())
-        room = self._piece[0 if all(stream.reading for stream in streams) else 1]
+        """Read on in the streams that are not read yet, and give each that is through its next token."""
+        streams = [stream for stream in self._streams.values() if stream.reading]
+        room = self._piece[0 if len(streams) == len(self._streams) else 1]
         pieces: list[tuple[_Stream, Piece]] = []
-        for stream in streams:
-            if stream.reading and room > 0:
-                tokens = stream.tokens[stream.cached : stream.cached + room]
+        for stream, count in zip(streams, share_room([len(s.tokens) - s.cached for s in streams], room), strict=True):
+            if count:
+                tokens = stream.tokens[stream.cached : stream.cached + count]
                 pieces.append((stream, Piece(tokens, slot=stream.slot, start=stream.cached)))
-                room -= len(tokens)
         if not pieces:
             return
         for (stream, piece), logits in zip(pieces, self._llama.prefill([piece for _, piece in pieces]), strict=True):
@@ -257,6 +256,23 @@ class TextGeneration:
         except RuntimeError as error:  # torch's word for probabilities that are not numbers
             return Step(stream.key, None, done=True, error=PredictionFailed(f"no token could be drawn: {error}"))
         return stream.take(token, ends=token in self._end)
+
+
+def share_room(left: Sequence[int], room: int) -> list[int]:
+    """Return how many tokens to read of each prompt, given how many are left of each, the oldest prompt first.
+
+    The oldest has half of the room, so that it is never starved; the rest goes to those with the fewest left, so that
+    short prompts do not wait for long ones.
+    """
+    if not left:
+        return []
+    shares = [min(left[0], (room + 1) // 2), *[0] * (len(left) - 1)]
+    room -= shares[0]
+    for index in sorted(range(len(left)), key=left.__getitem__):
+        more = min(left[index] - shares[index], room)
+        shares[index] += more
+        room -= more
+    return shares
 
 
 def read_settings(parameters: Any, *, default_max_tokens: int) -> SamplingSettings:

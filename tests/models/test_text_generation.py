@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from serve.errors import InvalidInput, LoadError, PredictionFailed, UnsupportedParameter
 from serve.models.base import LoadContext, SteppedModel
-from serve.models.text_generation import TextGeneration
+from serve.models.text_generation import TextGeneration, share_room
 from serve.spec import GenerationOptions
 
 CONTEXT = 512
@@ -257,6 +259,28 @@ def test_a_long_prompt_does_not_hold_up_those_who_are_answering(model: TextGener
     assert tokens_meanwhile >= 3
     model.release(first)
     model.release(second)
+
+
+@given(st.lists(st.integers(1, 300), max_size=8), st.integers(1, 256))
+def test_the_room_of_a_step_is_used_up_and_neither_old_nor_short_prompts_wait(left: list[int], room: int) -> None:
+    shares = share_room(left, room)
+    assert sum(shares) == min(sum(left), room)
+    assert all(0 <= share <= tokens for share, tokens in zip(shares, left, strict=True))
+    if left:
+        assert shares[0] >= min(left[0], room / 2)
+        shortest = left.index(min(left))
+        assert shares[shortest] >= min(left[shortest], room // 2)
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one(tmp_path: Path) -> None:
+    model = load(write_tiny(tmp_path), tmp_path / "cache")
+    model.admit(model.prepare({"prompt": "a"}))
+    model.step()
+    long = model.admit(model.prepare({"prompt": "b" * 400, "parameters": {"max_tokens": 1}}))
+    short = model.admit(model.prepare({"prompt": "c" * 10, "parameters": {"max_tokens": 1}}))
+    assert short in [step.key for step in model.step()]
+    later = [step.key for _ in range(8) for step in model.step()]
+    assert long in later
 
 
 def test_a_draw_that_fails_fails_its_stream_alone(model: TextGeneration, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -382,6 +382,11 @@ class Llama:
         )
 
     @torch.inference_mode()
+    def wipe(self, slot: int, *, count: int) -> None:
+        """Zero the first `count` positions of a slot; what is no number would spread to the slot's next sequence."""
+        self._cache[:, :, slot, :, :count] = 0
+
+    @torch.inference_mode()
     def prefill(self, pieces: Sequence[Piece]) -> Tensor:
         """Put pieces of prompts into the cache, of several slots at once because wide products are cheaper a row.
 
@@ -397,15 +402,16 @@ class Llama:
         attentions = [self._piece_attention(piece) for piece in pieces]
 
         def attend(layer: int, queries: Tensor) -> Tensor:
-            parts = zip(attentions, queries.split(counts), strict=True)
-            return torch.cat([attention(layer, part) for attention, part in parts])
+            parts: Sequence[Tensor] = queries.split_with_sizes(counts)
+            return torch.cat([attention(layer, part) for attention, part in zip(attentions, parts, strict=True)])
 
         positions = torch.cat([torch.arange(piece.start, piece.start + len(piece.tokens)) for piece in pieces])
         rows = positions + torch.tensor([piece.slot * self._slot_rows for piece in pieces]).repeat_interleave(
             torch.tensor(counts)
         )
         tokens = torch.tensor([token for piece in pieces for token in piece.tokens])
-        return self._run(stack, *(part.to(self.device) for part in (tokens, positions, rows)), attend)
+        tokens, positions, rows = (part.to(self.device) for part in (tokens, positions, rows))
+        return self._run(stack, tokens, positions, rows, attend)
 
     def _piece_attention(self, piece: Piece) -> Attend:
         count, end = len(piece.tokens), piece.start + len(piece.tokens)

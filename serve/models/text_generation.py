@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,6 +72,7 @@ class _Stream:
         self.reading = True
         self.cached = 0  # tokens in the cache
         self.exact = 0  # of those, how many from the start `prefill` has read
+        self.overflowed = False  # the cache may hold what is no number
         self.sampler = Sampler(prepared.settings)
         self._prompt_tokens, self._limit = len(prepared.prompt), len(prepared.prompt) + limit
         self._decoder, self._stops = decoder, StopStrings(prepared.settings.stop)
@@ -204,7 +206,10 @@ class TextGeneration:
 
     def release(self, key: int) -> None:
         """Free the slot of a stream whose caller left."""
-        self._free.append(self._streams.pop(key).slot)
+        stream = self._streams.pop(key)
+        if stream.overflowed:
+            self._llama.wipe(stream.slot, count=len(stream.tokens))
+        self._free.append(stream.slot)
 
     def step(self) -> Sequence[Step]:
         """Compute a token of every stream whose tokens are read, then a piece of the tokens of the others."""
@@ -223,6 +228,7 @@ class TextGeneration:
             starts=[stream.cached for stream in streams],
         )
         steps = []
+        _note_overflows(streams, decoded.logits, decoded.likeliest)
         for stream, logits, token, sure in zip(streams, decoded.logits, decoded.likeliest, decoded.sure, strict=True):
             stream.cached += 1
             if stream.sampler.greedy and not sure:
@@ -242,13 +248,19 @@ class TextGeneration:
                 pieces.append((stream, Piece(tokens, slot=stream.slot, start=stream.cached)))
         if not pieces:
             return
-        for (stream, piece), logits in zip(pieces, self._llama.prefill([piece for _, piece in pieces]), strict=True):
+        rows = self._llama.prefill([piece for _, piece in pieces])
+        likeliest = rows.argmax(-1).tolist()
+        _note_overflows([stream for stream, _ in pieces], rows, likeliest)
+        for (stream, piece), logits, token in zip(pieces, rows, likeliest, strict=True):
             stream.cached = stream.exact = piece.start + len(piece.tokens)
-            if stream.cached == len(stream.tokens):
-                stream.reading = False
-                yield self._advance(stream, logits, int(logits.argmax()))
+            stream.reading = stream.cached < len(stream.tokens)
+            if stream.overflowed or not stream.reading:
+                yield self._advance(stream, logits, token)
 
     def _advance(self, stream: _Stream, logits: Tensor, likeliest: int) -> Step:
+        if stream.overflowed:
+            error = PredictionFailed("the model's numbers overflowed; try dtype bfloat16 or float32 in its declaration")
+            return Step(stream.key, None, done=True, error=error)
         if stream.sampler.greedy:
             return stream.take(likeliest, ends=likeliest in self._end)
         try:
@@ -256,6 +268,13 @@ class TextGeneration:
         except RuntimeError as error:  # torch's word for probabilities that are not numbers
             return Step(stream.key, None, done=True, error=PredictionFailed(f"no token could be drawn: {error}"))
         return stream.take(token, ends=token in self._end)
+
+
+def _note_overflows(streams: Sequence[_Stream], logits: Tensor, likeliest: Sequence[int]) -> None:
+    """Mark the streams whose greatest logit is no finite number; one that is no number counts as the greatest."""
+    greatest = logits.gather(1, torch.tensor(likeliest, device=logits.device).unsqueeze(1)).flatten().tolist()
+    for stream, logit in zip(streams, greatest, strict=True):
+        stream.overflowed |= not math.isfinite(logit)
 
 
 def share_room(left: Sequence[int], room: int) -> list[int]:

@@ -53,8 +53,13 @@ def tokenizer(smollm2_folder: Path) -> Tokenizer:
 BYTES = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
 
 
-def write_tiny(folder: Path, *, added: Sequence[str] = ()) -> Path:
-    """Write a small random model whose tokens are the 256 bytes; `added` ones lie outside its vocabulary."""
+def write_tiny(folder: Path, *, added: Sequence[str] = (), overflows: str = "") -> Path:
+    """Write a small random model whose tokens are the 256 bytes.
+
+    Args:
+        added: Tokens outside the model's vocabulary.
+        overflows: A character after which no logit is a number.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(BYTES),
@@ -68,7 +73,10 @@ def write_tiny(folder: Path, *, added: Sequence[str] = ()) -> Path:
         bos_token_id=None,
         eos_token_id=None,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    for character in overflows:
+        torch.nn.init.constant_(model.model.embed_tokens.weight[BYTES[character]], torch.nan)
+    model.save_pretrained(folder)
     tokenizer = Tokenizer(models.BPE(BYTES, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -297,6 +305,33 @@ def test_a_draw_that_fails_fails_its_stream_alone(model: TextGeneration, monkeyp
         ended.update({step.key: step for step in model.step() if step.done})
     assert isinstance(ended[bad].error, PredictionFailed)
     assert ended[good].error is None
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("length", [40, 300])
+def test_a_stream_that_overflows_fails_alone_and_leaves_nothing_to_the_next(
+    tmp_path: Path, temperature: float, length: int
+) -> None:
+    model = load(write_tiny(tmp_path, overflows="!"), tmp_path / "cache", slots=2)
+    company = {"prompt": "abc" * 30, "parameters": {"max_tokens": 30}}
+    after = {"prompt": "hello", "parameters": {"max_tokens": 10}}
+    expected = [ids(parts) for item in (company, after) for parts in run(model, [item])]
+    bad = model.admit(model.prepare({"prompt": "!" * length, "parameters": {"temperature": temperature}}))
+    found: dict[int, list[int]] = {(longer := model.admit(model.prepare(company))): []}
+    failed, shorter = None, -1
+    while len(found[longer]) < 30:
+        for step in model.step():
+            if step.key == bad:
+                failed = step
+                found[shorter := model.admit(model.prepare(after))] = []
+            else:
+                assert step.output is not None
+                found[step.key] += step.output["token_ids"]
+    assert failed is not None
+    assert failed.done
+    assert isinstance(failed.error, PredictionFailed)
+    assert "try dtype bfloat16 or float32" in str(failed.error)
+    assert [found[longer], found[shorter]] == expected
 
 
 @pytest.mark.parametrize(

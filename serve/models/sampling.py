@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 #: Tokens that a top_p draw looks at before it sorts the whole vocabulary.
 _CANDIDATES = 512
 
+#: Tokens that wait for the end of a character before it is asked whether some of them are whole.
+_PENDING = 8
+
+#: Bytes of the longest character in UTF-8, and so the tokens at most.
+_LONGEST_CHARACTER = 4
+
 #: A temperature below this is 0: dividing by it would overflow, and only tokens that all but tie could differ.
 _LOWEST_TEMPERATURE = 1e-5
 
@@ -119,7 +125,9 @@ class IncrementalDecoder:
         """Return the text that `token` completes, perhaps none."""
         self._tokens.append(token)
         before, text = self._texts()
-        if text.endswith("\ufffd") or len(text) <= len(before):
+        if text.endswith("\ufffd"):
+            return self._whole_part(before, text) if (len(self._tokens) - self._shown) % _PENDING == 0 else ""
+        if len(text) <= len(before):
             return ""
         self._context, self._shown = self._shown, len(self._tokens)
         return text[len(before) :]
@@ -129,6 +137,18 @@ class IncrementalDecoder:
         before, text = self._texts()
         self._context = self._shown = len(self._tokens)
         return text[len(before) :]
+
+    def _whole_part(self, before: str, text: str) -> str:
+        """Return what no later token changes of a broken text, so that long ones are not decoded again and again.
+
+        A character that goes on across a cut decodes differently apart, so a cut that changes nothing is its end.
+        """
+        for cut in range(len(self._tokens) - 1, len(self._tokens) - 1 - _LONGEST_CHARACTER, -1):
+            head, tail = self._decode(self._tokens[self._context : cut]), self._decode(self._tokens[cut:])
+            if head + tail == text and len(head) > len(before):
+                self._context, self._shown = self._shown, cut
+                return head[len(before) :]
+        return ""
 
     def _texts(self) -> tuple[str, str]:
         return self._decode(self._tokens[self._context : self._shown]), self._decode(self._tokens[self._context :])

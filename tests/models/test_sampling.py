@@ -128,6 +128,26 @@ def test_pieces_of_any_bytes_equal_the_whole(tokens: list[int]) -> None:
     assert "".join(pieces(tokenizer, tokens)) == tokenizer.decode(tokens)
 
 
+@given(st.lists(st.sampled_from([BYTES.index(c) for c in "ðŁĮĬâ¬ÃÿaĠ"]), max_size=60))
+def test_pieces_of_broken_characters_equal_the_whole(tokens: list[int]) -> None:
+    tokenizer = byte_tokenizer()
+    assert "".join(pieces(tokenizer, tokens)) == tokenizer.decode(tokens)
+
+
+def test_a_long_run_of_broken_characters_is_not_decoded_from_its_start_each_time() -> None:
+    tokenizer, decoded = byte_tokenizer(), []
+
+    class Watched:
+        def decode(self, tokens: list[int]) -> str:
+            decoded.append(len(tokens))
+            return str(tokenizer.decode(tokens))
+
+    decoder = IncrementalDecoder(Watched())  # type: ignore[arg-type]
+    broken = [BYTES.index("Į")] * 500
+    assert "".join([*map(decoder.feed, broken), decoder.flush()]) == "\ufffd" * 500
+    assert max(decoded) < 40
+
+
 @given(st.text(max_size=20))
 def test_pieces_of_text_are_whole_characters(text: str) -> None:
     tokenizer = byte_tokenizer()

@@ -88,7 +88,7 @@ def read_config(reader: GGUFReader) -> dict[str, Any]:
     """Return the metadata in the words of a Hugging Face config.json.
 
     Raises:
-        LoadError: The architecture is not `llama`.
+        LoadError: The architecture is not `llama`, or its rotary frequencies are scaled.
     """
     architecture = _value(reader, "general.architecture")
     if architecture != "llama":
@@ -101,6 +101,11 @@ def read_config(reader: GGUFReader) -> dict[str, Any]:
     if "rope_freqs.weight" in shapes:
         raise LoadError(
             "GGUF files with scaled rotary frequencies (rope_freqs.weight) are not supported; use the safetensors"
+        )
+    scaling = _value(reader, "llama.rope.scaling.type", "none")
+    if scaling != "none":
+        raise LoadError(
+            f"GGUF files with rotary scaling (llama.rope.scaling.type {scaling!r}) are not supported; supported: none"
         )
     return {
         "architectures": ["LlamaForCausalLM"],

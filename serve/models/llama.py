@@ -127,8 +127,12 @@ def rotary_table(config: LlamaConfig, positions: int) -> Tensor:
 
 def _llama3_frequency(frequency: Tensor, scaling: Mapping[str, Any]) -> Tensor:
     """Slow the low frequencies by `factor`, keep the high ones, and blend between."""
-    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    try:
+        factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
+        trained = scaling["original_max_position_embeddings"]
+    except KeyError as error:
+        raise LoadError(f"config.json of the model lacks {error.args[0]!r} in its rope scaling") from error
+    turns = trained * frequency / (2 * math.pi)
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     blended: Tensor = frequency * keep + frequency / factor * (1 - keep)
     return blended
@@ -138,14 +142,8 @@ class Weights:
     """The tensors of a folder, mapped from model.safetensors or from the files of its index, each read at most once."""
 
     def __init__(self, folder: Path) -> None:
-        index = folder / "model.safetensors.index.json"
-        files = (
-            sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            if index.is_file()
-            else ["model.safetensors"]
-        )
         self._tensors: dict[str, Tensor] = {}
-        for name in files:
+        for name in _weight_files(folder):
             try:
                 with safe_open(folder / name, framework="pt") as file:
                     self._tensors.update((key, file.get_tensor(key)) for key in file.keys())  # noqa: SIM118
@@ -169,6 +167,16 @@ class Weights:
         left = [name for name in self._tensors if not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight"]
         if left:
             raise LoadError(f"the model has tensors that its architecture does not: {', '.join(left[:3])}")
+
+
+def _weight_files(folder: Path) -> list[str]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return ["model.safetensors"]
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LoadError(f"{index.name} of the model has no usable weight_map: {error!r}") from error
 
 
 class Norm:

@@ -366,5 +366,10 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
 def _generation_ends(folder: Path) -> frozenset[int]:
     """Return the end-of-sequence tokens that generation_config.json adds to config.json's."""
     path = folder / "generation_config.json"
-    ends = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-    return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    if not path.is_file():
+        return frozenset()
+    try:
+        ends = json.loads(path.read_text()).get("eos_token_id")
+        return frozenset(map(int, ends if isinstance(ends, list) else [] if ends is None else [ends]))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise LoadError(f"{path.name} of the model has no usable eos_token_id: {error!r}") from error

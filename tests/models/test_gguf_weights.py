@@ -148,6 +148,7 @@ def test_progress_ends_at_the_last_byte(tmp_path: Path) -> None:
         ({"tokenizer__ggml__eos_token_id": None}, "lacks the metadata tokenizer.ggml.eos_token_id"),
         ({"tokenizer__ggml__add_bos_token": True}, "begin token"),
         ({"tensors": ("rope_freqs.weight",)}, "rope_freqs"),
+        ({"llama__rope__scaling__type": "yarn"}, "llama.rope.scaling.type 'yarn'"),
         ({"tensors": ("blk.0.ffn_gate_exps.weight",)}, "blk.0.ffn_gate_exps.weight"),
     ],
 )

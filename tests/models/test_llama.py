@@ -212,6 +212,10 @@ def change_config(**changes: Any) -> Callable[[Path], None]:
     return change
 
 
+def write_index(text: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / "model.safetensors.index.json").write_text(text)
+
+
 def change_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
     def rewrite(folder: Path) -> None:
         tensors = load_file(folder / "model.safetensors")
@@ -230,6 +234,13 @@ def change_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable
         (change_config(hidden_act="gelu"), "hidden_act 'gelu'"),
         (change_config(quantization_config={"quant_method": "awq"}), "quantization_config"),
         (change_config(rope_parameters={"rope_type": "yarn"}), "rope scaling 'yarn'"),
+        (
+            change_config(rope_parameters={k: v for k, v in LLAMA3.items() if k != "low_freq_factor"}),
+            "config.json of the model lacks 'low_freq_factor' in its rope scaling",
+        ),
+        (write_index("{"), "model.safetensors.index.json of the model has no usable weight_map: JSONDecodeError"),
+        (write_index("{}"), "model.safetensors.index.json of the model has no usable weight_map: .*'weight_map'"),
+        (write_index('{"weight_map": []}'), "model.safetensors.index.json of the model has no usable weight_map"),
         (change_config(max_position_embeddings=32), "context_tokens 64 is above the model's 32"),
         (change_config(hidden_size="out"), "lacks 'hidden_size'"),
         (change_config(vocab_size=98), r"embed_tokens.weight has shape \[97, 32\] where config.json says \[98, 32\]"),

@@ -398,6 +398,13 @@ def test_a_folder_without_a_model_says_what_it_holds(tmp_path: Path) -> None:
         load(tmp_path, tmp_path)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"eos_token_id": "x"}', '{"eos_token_id": {}}'])
+def test_a_broken_generation_configuration_is_named(tmp_path: Path, text: str) -> None:
+    (write_tiny(tmp_path) / "generation_config.json").write_text(text)
+    with pytest.raises(LoadError, match=r"generation_config.json of the model has no usable eos_token_id"):
+        load(tmp_path, tmp_path / "cache")
+
+
 def test_a_hugging_face_folder_loads_with_its_own_end_tokens_and_template(
     smollm2_folder: Path, tmp_path: Path, smollm2_greedy: list[Any], tokenizer: Tokenizer
 ) -> None:

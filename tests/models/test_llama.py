@@ -96,10 +96,13 @@ def test_a_family_computes_what_transformers_computes(tmp_path: Path, kind: str,
     with torch.no_grad():
         expected = reference(torch.tensor([TOKENS])).logits[0]
     assert near(read(llama, TOKENS[:12], slot=1, start=0), expected[11], within=1e-5)
+    sure = 0
     for place in range(12, len(TOKENS)):
         decoded = llama.decode([TOKENS[place]], slots=[1], starts=[place])
         assert near(decoded.logits[0], expected[place])
         assert decoded.likeliest == [int(expected[place].argmax())] or not decoded.sure[0]
+        sure += decoded.sure[0]
+    assert sure > 0
 
 
 def test_a_prompt_read_in_pieces_is_the_prompt_read_at_once(llama: Llama) -> None:
@@ -117,6 +120,15 @@ def test_prompts_read_together_do_not_see_each_other(llama: Llama) -> None:
         alone.append(read(llama, prompt[1:], slot=1, start=1))
     llama.prefill([Piece(prompt[:1], slot=slot, start=0) for slot, prompt in prompts.items()])
     together = llama.prefill([Piece(prompt[1:], slot=slot, start=1) for slot, prompt in prompts.items()])
+    for row, expected in zip(together, alone, strict=True):
+        assert near(row, expected, within=1e-5)
+
+
+def test_a_fresh_prompt_and_a_later_piece_are_read_together_as_apart(llama: Llama) -> None:
+    fresh, late = TOKENS[3:11], TOKENS[:17]
+    alone = [read(llama, fresh, slot=1, start=0), read(llama, late, slot=1, start=0)]
+    read(llama, late[:12], slot=2, start=0)
+    together = llama.prefill([Piece(fresh, slot=0, start=0), Piece(late[12:], slot=2, start=12)])
     for row, expected in zip(together, alone, strict=True):
         assert near(row, expected, within=1e-5)
 

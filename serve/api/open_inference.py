@@ -103,8 +103,7 @@ class OpenInference:
             self._check_addressee(document)
         sent = document.get("parameters")
         parameters, binary_output, timeout_s = ({}, False, None) if sent is None else self._read_parameters(sent)
-        booleans = b"true" in (body := bytes(raw)) or b"false" in body
-        items = self._read_inputs(document.get("inputs"), binary, booleans)
+        items = self._read_inputs(document.get("inputs"), binary)
         if parameters:
             for item in items:
                 item["parameters"] = parameters
@@ -135,7 +134,7 @@ class OpenInference:
                 raise UnsupportedParameter("is not supported: requests have no sequence and no priority", place=place)
         return own, binary_output, timeout_s
 
-    def _read_inputs(self, inputs: object, binary: memoryview, booleans: bool) -> list[dict[str, Any]]:
+    def _read_inputs(self, inputs: object, binary: memoryview) -> list[dict[str, Any]]:
         if type(inputs) is not list or not inputs:
             what = "is empty" if type(inputs) is list else f"must be a list, not {json_type(inputs)}"
             raise InvalidInput(f"{what}; the model takes {', '.join(self._inputs)}", place="inputs")
@@ -156,7 +155,7 @@ class OpenInference:
                     raise InvalidInput(
                         "is missing (neither data nor parameters.binary_data_size)", place=f"{place}.data"
                     )
-                columns[spec.name] = tensors.read_json(tensor["data"], shape, spec, place, booleans=booleans)
+                columns[spec.name] = tensors.read_json(tensor["data"], shape, spec, place)
             elif "data" in tensor:
                 raise InvalidInput("stands beside parameters.binary_data_size; send one of them", place=f"{place}.data")
             else:

@@ -7,7 +7,8 @@ import binascii
 import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from itertools import chain
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "FP64": np.dtype("<f8"),
 }
 _LENGTH = struct.Struct("<I")
+_DEEPEST = 16
+#: By kind of the wire's datatype: the types of its elements in parsed JSON.
+_TYPES: dict[str, set[type]] = {"b": {bool}, "i": {int}, "u": {int}, "f": {int, float}}
 _BOUNDS = {dtype: np.iinfo(dtype) for dtype in DTYPES.values() if dtype.kind in "iu"}
 
 
@@ -65,11 +69,8 @@ def _no_shape(shape: object, place: str) -> InvalidInput:
     return InvalidInput(f"must be a list of whole numbers from 0, not {shape!r:.80}", place=f"{place}.shape")
 
 
-def read_json(data: object, shape: tuple[int, ...], spec: TensorSpec, place: str, *, booleans: bool) -> Rows:
+def read_json(data: object, shape: tuple[int, ...], spec: TensorSpec, place: str) -> Rows:
     """Return the rows of a tensor whose data stands in the JSON, nested or flat and row-major.
-
-    Args:
-        booleans: The document holds `true` or `false` somewhere; where it does not, no element has to be looked at.
 
     Raises:
         InvalidInput: An element does not fit the datatype, or there are more or fewer than the shape says.
@@ -77,21 +78,65 @@ def read_json(data: object, shape: tuple[int, ...], spec: TensorSpec, place: str
     place = f"{place}.data"
     if type(data) is not list:
         raise InvalidInput(f"must be a list, not {json_type(data)}", place=place)
-    if spec.datatype == "BYTES":
-        return _read_json_bytes(data, shape, spec, place)
+    flat, nesting, types = _leaves(data, place)
+    # numpy looks at no element before this: beside numbers, one long string makes it as many bytes for each of them.
+    fitting: set[type] = {str} if spec.datatype == "BYTES" else _TYPES[DTYPES[spec.datatype].kind]
+    if not types <= fitting:
+        index = next(index for index, found in enumerate(map(type, flat)) if found not in fitting)
+        raise _misfit(flat[index], spec, _element_place(place, index, nesting))
+    if len(flat) != math.prod(shape) or (nesting is not None and len(nesting) > 1 and nesting != shape):
+        raise _shape_mismatch(nesting, len(flat), shape, place)
+    if nesting is None:
+        raise InvalidInput(f"is nested unevenly, and the shape says {list(shape)}", place=place)
+    if spec.datatype != "BYTES":
+        return _numbers(flat, nesting, spec, place).reshape(shape)
+    if spec.content == "base64":
+        flat = [_from_base64(text, f"{place}[{index}]") for index, text in enumerate(flat)]
+    return _bytes_rows(flat, shape)
+
+
+def _leaves(data: list[Any], place: str) -> tuple[list[Any], tuple[int, ...] | None, set[type]]:
+    """Return the elements of a nested list, how they are nested (None where the lengths differ), and their types."""
+    sizes = [len(data)]
+    is_even = True
+    while list in (types := set(map(type, data))):
+        if len(types) > 1:
+            raise InvalidInput("holds lists beside elements; nest it evenly or send it flat", place=place)
+        if len(sizes) > _DEEPEST:
+            raise InvalidInput(f"is nested more than {_DEEPEST} levels deep", place=place)
+        is_even = is_even and len(set(map(len, data))) == 1
+        sizes.append(len(data[0]))
+        data = list(chain.from_iterable(data))
+    return data, tuple(sizes) if is_even else None, types
+
+
+def _element_place(place: str, index: int, nesting: tuple[int, ...] | None) -> str:
+    if nesting is None:
+        return place
+    indices: list[int] = []
+    for size in reversed(nesting):
+        index, inner = divmod(index, size)
+        indices.append(inner)
+    return place + "".join(f"[{inner}]" for inner in reversed(indices))
+
+
+def _numbers(flat: list[Any], nesting: tuple[int, ...], spec: TensorSpec, place: str) -> Array:
     target = DTYPES[spec.datatype]
     try:
-        array = np.array(data)
-        converted = _convert(array, target)
+        return _convert(np.array(flat), target)
     except (ValueError, OverflowError, FloatingPointError) as error:
-        raise _misfit(data, shape, spec, place) from error
-    if booleans and target.kind != "b" and any(type(element) is bool for element, _ in _elements(data, place)):
-        raise _misfit(data, shape, spec, place)
-    if array.shape != shape:
-        if array.ndim != 1 or array.size != math.prod(shape):
-            raise _shape_mismatch(array.shape, array.size, shape, place)
-        converted = converted.reshape(shape)
-    return converted
+        low, high = _range(target)
+        index = next((index for index, number in enumerate(flat) if not low <= number <= high), None)
+        if index is None:
+            raise InvalidInput(f"holds a number that is out of the range of {spec.datatype}", place=place) from error
+        raise _misfit(flat[index], spec, _element_place(place, index, nesting)) from error
+
+
+def _range(target: np.dtype[Any]) -> tuple[float, float]:
+    if target.kind == "f":
+        most = float(np.finfo(target).max)
+        return -most, most
+    return _BOUNDS[target].min, _BOUNDS[target].max
 
 
 # By kind of the wire's datatype: the kinds that numpy finds in JSON which fit it.
@@ -119,24 +164,6 @@ def _convert(array: Array, target: np.dtype[Any]) -> Array:
     return array.astype(target)
 
 
-def _read_json_bytes(data: list[Any], shape: tuple[int, ...], spec: TensorSpec, place: str) -> Rows:
-    found: tuple[int, ...] = (len(data),)
-    if all(type(element) is str for element in data):
-        flat = data
-    else:
-        elements = list(_elements(data, place))
-        for element, where in elements:
-            if type(element) is not str:
-                raise InvalidInput(f"must be a string (datatype BYTES), not {json_type(element)}", place=where)
-        flat, found = [element for element, _ in elements], _nested_shape(data)
-    if len(flat) != math.prod(shape) or (len(found) > 1 and found != shape):
-        raise _shape_mismatch(found, len(flat), shape, place)
-    values: list[Any] = flat
-    if spec.content == "base64":
-        values = [_from_base64(text, f"{place}[{index}]") for index, text in enumerate(flat)]
-    return _bytes_rows(values, shape)
-
-
 def _from_base64(text: str, place: str) -> bytes:
     try:
         return binascii.a2b_base64(text, strict_mode=True)
@@ -153,54 +180,21 @@ def _bytes_rows(values: list[Any], shape: tuple[int, ...]) -> Rows:
     return rows.reshape(shape)
 
 
-def _nested_shape(data: list[Any]) -> tuple[int, ...]:
-    shape: list[int] = []
-    level: Any = data
-    while type(level) is list:
-        shape.append(len(level))
-        level = level[0] if level else None
-    return tuple(shape)
-
-
-def _elements(data: list[Any], place: str, depth: int = 0) -> Any:
-    """Yield every element of a nested list with its place."""
-    if depth > 16:
-        raise InvalidInput("is nested more than 16 levels deep", place=place)
-    for index, element in enumerate(data):
-        where = f"{place}[{index}]"
-        if type(element) is list:
-            yield from _elements(element, where, depth + 1)
-        else:
-            yield element, where
-
-
-def _misfit(data: list[Any], shape: tuple[int, ...], spec: TensorSpec, place: str) -> InvalidInput:
-    """Find what a fast check refused, so that the error names the element."""
-    target = DTYPES[spec.datatype]
-    count = 0
-    for element, where in _elements(data, place):
-        count += 1
-        reason = _element_misfit(element, target)
-        if reason:
-            return InvalidInput(f"{element!r:.60} {reason} {spec.datatype}", place=where)
-    if count != math.prod(shape):
-        return _shape_mismatch(None, count, shape, place)
-    return InvalidInput(f"is nested unevenly, and the shape says {list(shape)}", place=place)
-
-
-def _element_misfit(element: object, target: np.dtype[Any]) -> str | None:
-    if target.kind == "b":
-        return None if type(element) is bool else "is no boolean, and the datatype is"
-    if type(element) not in (int, float):
-        return "is no number, and the datatype is"
-    number = cast("float", element)
-    if target.kind == "f":
-        return "is out of the range of" if abs(number) > float(np.finfo(target).max) else None
-    if type(element) is float:
-        out = abs(number) >= 2**63
-        return "is out of the range of" if out else "is no whole number, and the datatype is"
-    bounds = np.iinfo(target)
-    return None if bounds.min <= number <= bounds.max else "is out of the range of"
+def _misfit(element: object, spec: TensorSpec, place: str) -> InvalidInput:
+    """Return the error about an element that does not fit the datatype."""
+    if spec.datatype == "BYTES":
+        return InvalidInput(f"must be a string (datatype BYTES), not {json_type(element)}", place=place)
+    if spec.datatype == "BOOL":
+        reason = "is no boolean, and the datatype is"
+    elif type(element) not in (int, float):
+        reason = "is no number, and the datatype is"
+    elif type(element) is float and DTYPES[spec.datatype].kind != "f" and abs(element) < 2**63:
+        reason = "is no whole number, and the datatype is"
+    else:
+        reason = "is out of the range of"
+    # Only the start of a long string is told, so only that is quoted.
+    shown = element[:60] if type(element) is str else element
+    return InvalidInput(f"{shown!r:.60} {reason} {spec.datatype}", place=place)
 
 
 def _shape_mismatch(found: tuple[int, ...] | None, count: int, shape: tuple[int, ...], place: str) -> InvalidInput:

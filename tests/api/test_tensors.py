@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
@@ -126,6 +127,12 @@ def test_any_json_in_any_place_is_answered_or_refused(key: str, value: Any, data
         ("FP32", [1, 2, 3], "data", "holds 3 elements, and the shape [1, 2] has 2"),
         ("FP32", [[1], [2]], "data", "nested as [2, 1]"),
         ("FP32", "1 2", "data", "must be a list, not a string"),
+        ("FP32", [[1, "x"]], "data[0][1]", "'x' is no number"),
+        ("UINT8", [[1, 300]], "data[0][1]", "300 is out of the range"),
+        ("BYTES", [["a"], ["b", 1]], "data", "must be a string"),
+        ("FP32", [[1, 2], []], "data", "nested unevenly"),
+        ("BYTES", [["a", "b"], []], "data", "nested unevenly"),
+        ("FP32", [1, [2]], "data", "holds lists beside elements"),
     ],
 )
 def test_what_does_not_fit_is_named(datatype: str, data: Any, place: str, words: str) -> None:
@@ -134,6 +141,20 @@ def test_what_does_not_fit_is_named(datatype: str, data: Any, place: str, words:
         read_tensor(tensor)
     assert caught.value.place == f"inputs[0].{place}"
     assert words in caught.value.message
+
+
+def test_a_long_string_among_numbers_is_refused_before_it_takes_memory() -> None:
+    data: list[Any] = ["x" * 10_000, *[0] * 4_999]
+    tensor = {"name": "in_FP32", "datatype": "FP32", "shape": [1, 5000], "data": data}
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidInput) as caught:
+            read_tensor(tensor)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert caught.value.place == "inputs[0].data[0]"
+    assert peak < 10 * 2**20
 
 
 def test_a_raw_body_is_one_input() -> None:

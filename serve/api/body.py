@@ -44,6 +44,11 @@ def check_media_type(headers: dict[bytes, bytes]) -> None:
         raise UnsupportedMedia("the charset of JSON is utf-8", place="header content-type")
 
 
+def read_length(value: bytes) -> int | None:
+    """Return a header's number of bytes, or None where it is none that fits in 64 bits."""
+    return int(value) if len(value) < 20 and value.isdigit() else None
+
+
 async def read_body(headers: dict[bytes, bytes], receive: Receive, *, limit: int) -> bytes:
     """Return the body, decompressed.
 
@@ -58,10 +63,11 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive, *, limit: int
     """
     declared = headers.get(b"content-length")
     if declared is not None:
-        if not declared.isdigit():
-            raise InvalidInput(f"{declared.decode('latin-1')!r} is not a length", place="header content-length")
-        if int(declared) > limit:
-            raise _too_large(int(declared), limit)
+        length = read_length(declared)
+        if length is None:
+            raise InvalidInput(f"{declared.decode('latin-1')!r:.40} is not a length", place="header content-length")
+        if length > limit:
+            raise _too_large(length, limit)
     message = await receive()
     if message["type"] != "http.request":
         raise Cancelled("the client left while sending its request")

@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from serve.api import tensors
-from serve.api.body import json_type, parse_object
+from serve.api.body import json_type, parse_object, read_length
 from serve.api.wire import JSON_HEADER, Headers
 from serve.errors import InvalidInput, PayloadTooLarge, PredictionFailed, UnsupportedParameter
 from serve.models.base import Signature, TensorSpec
@@ -74,12 +74,12 @@ class OpenInference:
         """
         if header_length is None:
             return self._read_document(body, memoryview(b""))
-        if not header_length.isdigit() or int(header_length) > len(body):
+        length = read_length(header_length)
+        if length is None or length > len(body):
             raise InvalidInput(
                 f"{header_length.decode('latin-1')!r:.40} is not a number of bytes from 0 to the body's {len(body)}",
                 place="header inference-header-content-length",
             )
-        length = int(header_length)
         view = memoryview(body)
         return self._read_document(view[:length], view[length:]) if length else self._read_raw(view)
 

@@ -10,6 +10,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from serve.api.body import read_length
 from serve.api.wire import Message, Scope
 
 _STATUS_LINES = {int(status): f"HTTP/1.1 {int(status)} {status.phrase}\r\n".encode() for status in HTTPStatus}
@@ -133,9 +134,10 @@ class WholeRequestProtocol(HttpToolsProtocol):
                 return None
             value = value.strip(b" \t")
             if name == b"content-length":
-                if length >= 0 or not value.isdigit():
+                told = read_length(value)
+                if length >= 0 or told is None:
                     return None
-                length = int(value)
+                length = told
             headers.append((name, value))
         if length != len(data) - end - 4:
             return None

@@ -145,6 +145,8 @@ INFER: list[tuple[Any, dict[str, str], int, str]] = [
     (GOOD, {"x-request-timeout-ms": "1e5"}, 400, "header x-request-timeout-ms"),
     (GOOD, {"x-request-timeout-ms": ""}, 400, "header x-request-timeout-ms"),
     (b"x" * 400_000, {}, 413, "body: 400000 bytes or more, and a request may have 300000"),
+    (GOOD, {"inference-header-content-length": "9" * 5000}, 400, "header inference-header-content-length"),
+    (GOOD, {"content-length": "9" * 5000}, 400, "header content-length: "),
     (GOOD, {"content-length": "99999999999"}, 413, "body: 99999999999 bytes"),
 ]
 

@@ -157,6 +157,7 @@ def test_a_plain_request_takes_the_short_way():
         request(headers=[("Expect", "100-continue")]),
         request(headers=[("Upgrade", "websocket")]),
         request().replace(b"POST", b"GET"),
+        request().replace(b"Content-Length: 2", b"Content-Length: " + b"2" * 5000),
     ],
 )
 def test_what_is_doubtful_goes_to_the_strict_parser(data: bytes):

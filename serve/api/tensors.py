@@ -277,10 +277,15 @@ def stack(rows: Sequence[Any], spec: TensorSpec) -> Array | list[Any]:
         values = [row.tolist() if isinstance(row, np.ndarray) else row for row in rows]
         if len({_length(value) for value in values}) > 1:
             raise _ragged(spec)
+        for value in _flatten(values)[1]:
+            if not isinstance(value, (str, bytes, bytearray, memoryview)):
+                raise PredictionFailed(
+                    f"the model's output {spec.name!r} is no BYTES: {value!r:.60} is neither str nor bytes"
+                )
         return values
     try:
         return np.asarray(rows, dtype=DTYPES[spec.datatype])
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         if len({np.shape(row) for row in rows}) > 1:
             raise _ragged(spec) from error
         raise PredictionFailed(f"the model's output {spec.name!r} is no {spec.datatype}: {error}") from error
@@ -331,7 +336,7 @@ def _to_text(value: str | bytes) -> str:
     if isinstance(value, str):
         return value
     try:
-        return value.decode()
+        return bytes(value).decode()
     except UnicodeDecodeError as error:
         raise PredictionFailed("the model's output is no UTF-8; ask for it as binary data") from error
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from serve.api.open_inference import OpenInference
+from serve.api.open_inference import InferRequest, OpenInference
 from serve.api.tensors import DTYPES
-from serve.errors import InvalidInput
+from serve.errors import InvalidInput, PredictionFailed
 from serve.models.base import Signature, TensorSpec
 from tests.api.toys import Everything, spec
 
@@ -155,6 +155,22 @@ def test_a_long_string_among_numbers_is_refused_before_it_takes_memory() -> None
         tracemalloc.stop()
     assert caught.value.place == "inputs[0].data[0]"
     assert peak < 10 * 2**20
+
+
+@pytest.mark.parametrize("binary", [False, True])
+@pytest.mark.parametrize(
+    ("datatype", "row", "words"),
+    [
+        ("UINT8", [300], "is no UINT8: .*300"),
+        ("BYTES", 5, "is no BYTES: 5 is neither str nor bytes"),
+        ("BYTES", ["a", None], "is no BYTES: None is neither"),
+    ],
+)
+def test_an_output_of_another_type_is_the_model_s_failure(datatype: Any, row: Any, words: str, binary: bool) -> None:
+    output = TensorSpec("x", datatype, (-1, -1), "rows")
+    request = InferRequest([], None, [(output, binary)], None)
+    with pytest.raises(PredictionFailed, match=words):
+        OpenInference(spec("python"), Signature((), (output,))).write(request, [{"x": row}])
 
 
 def test_a_raw_body_is_one_input() -> None:

@@ -156,12 +156,17 @@ def check_task(endpoint: str, spec: ModelSpec) -> None:
         )
 
 
-def of_request(error: InvalidInput, field: str) -> InvalidInput:
-    """Return an error about an item as one about the request's field that the item came from."""
+def of_request(error: InvalidInput, field: str, *, choices: int = 1) -> InvalidInput:
+    """Return an error about an item as one about the request's field that the item came from.
+
+    Args:
+        choices: Items that each element of the field became. The messages of a chat are one prompt, of any items.
+    """
     place = error.place
     row = _ROW.match(place) if place else None
     if row:
-        place = f"{field}[{row[1]}]" if row[2] in (None, "text", "prompt") else row[2]
+        element = field if field == "messages" else f"{field}[{int(row[1]) // choices}]"
+        place = element if row[2] in (None, "text", "prompt") else row[2]
     if place is None or place in ("text", "prompt", "audio"):
         place = field
     return type(error)(error.message, place=place.removeprefix("parameters."))

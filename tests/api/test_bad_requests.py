@@ -409,6 +409,7 @@ OPENAI: list[tuple[str, str, Any, int, str | None, str]] = [
     ("text-generation", "chat/completions", chat(HELLO, temprature=1), 400, "temprature", "did you mean 'temperature'"),
     ("text-generation", "chat/completions", chat({**HELLO, "content": "poison"}), 400, "messages", "is poison"),
     ("text-generation", "completions", {"model": "toy"}, 400, "prompt", "is missing"),
+    ("text-generation", "chat/completions", chat({**HELLO, "content": "poison"}, n=2), 400, "messages", "is poison"),
     ("text-generation", "completions", {"model": "toy", "prompt": [1, 2]}, 400, "prompt[0]", "token ids"),
     ("text-generation", "completions", {"model": "toy", "prompt": "x", "echo": True}, 400, "echo", "is not supported"),
     (

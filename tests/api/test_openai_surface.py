@@ -11,6 +11,8 @@ import openai
 import pytest
 
 from serve.api.model_app import build_model_app
+from serve.api.openai_surface import of_request
+from serve.errors import InvalidInput
 from serve.models.base import Step
 from serve.settings import Settings
 from tests.api.toys import Embedder, Listener, Talker, direct, hosted, listening, spec
@@ -258,3 +260,9 @@ async def test_a_reader_that_falls_behind_is_told() -> None:
         await app(scope, receive, send)
     assert b"parts behind" in b"".join(sent[-2:])
     assert b"[DONE]" not in b"".join(sent)
+
+
+@pytest.mark.parametrize(("row", "place"), [(1, "prompt[0]"), (2, "prompt[1]"), (3, "prompt[1]")])
+def test_an_error_about_a_choice_names_its_prompt(row: int, place: str) -> None:
+    error = InvalidInput("is too long", place=f"inputs row {row}, prompt")
+    assert of_request(error, "prompt", choices=2).place == place

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -25,6 +26,7 @@ class ModelStatus:
         target_replicas: Replicas that there should be.
         max_request_bytes: Bytes that a body may have.
         request: A body that `POST /v2/models/<name>/infer` answers, where one is known; the documents show it.
+        version: As `version_of` gives it.
     """
 
     name: str
@@ -37,11 +39,17 @@ class ModelStatus:
     target_replicas: int = 1
     max_request_bytes: int = 32 * 2**20
     request: Mapping[str, Any] | None = None
+    version: str = "1"
 
     @property
     def ready(self) -> bool:
         """Return whether requests are answered."""
         return self.phase == "ready"
+
+
+def version_of(revision: str | None) -> str:
+    """Return the version that clients name: the declared revision in a form that is one part of a path, or `1`."""
+    return re.sub(r"[^\w.-]", "-", revision, flags=re.ASCII) if revision else "1"
 
 
 class Directory(Protocol):

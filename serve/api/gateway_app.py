@@ -263,7 +263,7 @@ def index_entry(status: ModelStatus) -> dict[str, Any]:
     reason = "" if status.ready else f"{status.phase}: {status.message}".removesuffix(": ")
     return {
         "name": status.name,
-        "version": "1",
+        "version": status.version,
         "state": _STATES.get(status.phase, "LOADING"),
         "reason": reason,
         "task": status.task,

@@ -11,6 +11,7 @@ import orjson
 
 from serve.api import tensors
 from serve.api.body import json_type, parse_object, read_length
+from serve.api.directory import version_of
 from serve.api.wire import JSON_HEADER, Headers
 from serve.errors import InvalidInput, PayloadTooLarge, PredictionFailed, UnsupportedParameter
 from serve.models.base import Signature, TensorSpec
@@ -54,7 +55,7 @@ class OpenInference:
     def __init__(self, spec: ModelSpec, signature: Signature) -> None:
         self.spec = spec
         self.signature = signature
-        self.version = spec.revision or "1"
+        self.version = version_of(spec.revision)
         self._inputs = {tensor.name: tensor for tensor in signature.inputs}
         self._required = [tensor.name for tensor in signature.inputs if not tensor.optional]
         self._outputs = {tensor.name: tensor for tensor in signature.outputs}

@@ -11,6 +11,7 @@ import pytest
 import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
 
+from serve.api.directory import version_of
 from serve.api.gateway_app import build_gateway_app
 from serve.api.model_app import build_model_app
 from serve.settings import Settings
@@ -257,3 +258,17 @@ async def test_the_work_of_a_client_that_left_is_dropped() -> None:
         assert (await client.post("/infer", json=words("last"))).status_code == 200
     assert "left" not in model.seen
     assert {"first", "last"} <= set(model.seen)
+
+
+async def test_a_client_may_take_the_version_from_the_index() -> None:
+    model_spec = spec("text-embedding", source="hf:some/model", revision="refs/pr/1")
+    models = Models({"toy": "ready"}, version=version_of(model_spec.revision))
+    async with direct(build_gateway_app(models, settings=SETTINGS, base_url="http://127.0.0.1:9")) as client:
+        version = (await client.post("/v2/repository/index")).json()[0]["version"]
+    assert version == "refs-pr-1"
+    async with (
+        hosted(model_spec, Embedder()) as host,
+        direct(build_model_app(host, settings=SETTINGS)) as client,
+    ):
+        answer = await client.post(f"/versions/{version}/infer", json=words("a"))
+        assert (answer.status_code, answer.json()["model_version"]) == (200, version)

@@ -170,8 +170,9 @@ def _openai_operation(endpoint: str, model: str) -> Document:
     }
 
 
-def _read_operation(summary: str, example: Mapping[str, Any]) -> Document:
-    content = {"application/json": {"schema": {"type": "object"}, "example": example}}
+def _read_operation(summary: str, example: Mapping[str, Any] | list[Document]) -> Document:
+    schema = {"type": "array", "items": {"type": "object"}} if isinstance(example, list) else {"type": "object"}
+    content = {"application/json": {"schema": schema, "example": example}}
     return {"summary": summary, "responses": {"200": {"description": "As the example.", "content": content}}}
 
 
@@ -186,12 +187,12 @@ def _errors(example: Document) -> Document:
 
 def gateway_document(models: Sequence[ModelStatus]) -> Document:
     """Return the OpenAPI 3.1 document of the gateway."""
-    index = [{"name": status.name, "version": "1", "state": "READY", "reason": ""} for status in models]
+    index = [{"name": status.name, "version": status.version, "state": "READY", "reason": ""} for status in models]
     paths: Document = {
         "/v2": {"get": _read_operation("The server", {"name": "roundhouse", "version": "...", "extensions": []})},
         "/v2/health/live": {"get": _read_operation("Whether the server runs", {"live": True, "ready": True})},
         "/v2/health/ready": {"get": _read_operation("Whether every model answers", {"live": True, "ready": True})},
-        "/v2/repository/index": {"post": _read_operation("Every declared model and its state", {"models": index})},
+        "/v2/repository/index": {"post": _read_operation("Every declared model and its state", index)},
         "/v1/models": {"get": _read_operation("Every declared model", {"object": "list", "data": []})},
     }
     for endpoint, task in ENDPOINTS.items():

@@ -80,6 +80,10 @@ async def test_the_gateway_document_is_valid() -> None:
     async with direct(build_gateway_app(models, settings=SETTINGS, base_url="http://127.0.0.1:9")) as ask:
         document = (await ask.get("/openapi.json")).json()
         validate(document)
+        described = document["paths"]["/v2/repository/index"]["post"]["responses"]["200"]["content"]["application/json"]
+        index = (await ask.post("/v2/repository/index")).json()
+        assert described["schema"]["type"] == "array"
+        assert [entry["version"] for entry in described["example"]] == [entry["version"] for entry in index]
         assert "`model` names one of: minilm." in document["paths"]["/v1/embeddings"]["post"]["description"]
         page = Tags()
         page.feed((await ask.get("/")).text)

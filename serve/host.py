@@ -24,7 +24,7 @@ from serve.errors import (
 from serve.models.base import Item, LoadContext, Model, Signature, SteppedModel
 from serve.settings import Settings
 from serve.spec import ModelSpec
-from serve.stepping import Generators, Part, Stepper, WorkThread, failure, tell
+from serve.stepping import Generators, Part, Stepper, Stream, WorkThread, failure, tell
 
 _PREPARE_SLICE_S = 0.002
 _WARM_STEPS = 4
@@ -130,6 +130,11 @@ class Host:
         return signature
 
     @property
+    def is_alive(self) -> bool:
+        """Return whether what a loaded model is asked still reaches it."""
+        return self._thread.is_alive() and self._preparer.is_alive()
+
+    @property
     def streams(self) -> bool:
         """Whether the model answers in parts."""
         return self._stepper is not None
@@ -153,8 +158,12 @@ class Host:
             if on_phase is not None:
                 on_phase(phase)
 
+        def say_more(phase: Phase) -> None:
+            if self._phase.name == phase.name:  # a model may go on telling after it has loaded
+                say(phase)
+
         def progress_of(name: str) -> Callable[[str, int, int], None]:
-            return lambda message, done, total: tell(loop, say, Phase(name, message, done, total))
+            return lambda message, done, total: tell(loop, say_more, Phase(name, message, done, total))
 
         self._thread.start()
         self._preparer.start()
@@ -253,6 +262,7 @@ class Host:
                 preparer=self._preparer,
                 prepare=prepare,
                 max_queue=batching.max_queue,
+                max_queue_bytes=batching.max_queue_bytes,
                 clock=self._clock,
             )
         if not stepped:
@@ -288,7 +298,7 @@ class Host:
         self._check_size(len(items), size_bytes)
         deadline = self._deadline(timeout_s)
         if self._batcher is None:
-            return await self._collect(items, deadline)
+            return await self._collect(items, deadline, size_bytes)
         rows = [_Row(item) for item in items] if self._batcher.prepares else items
         results = await self._batcher.submit_many(rows, size_bytes=size_bytes, deadline=deadline)
         for row, result in enumerate(results):
@@ -296,13 +306,13 @@ class Host:
                 raise _of_row(failure(result), row, len(results))
         return results  # type: ignore[return-value]  # None is only beside an exception
 
-    async def _collect(self, items: Sequence[Item], deadline: float) -> list[Mapping[str, Any]]:
+    async def _collect(self, items: Sequence[Item], deadline: float, size_bytes: int) -> list[Mapping[str, Any]]:
         stepper = self._streaming()
         if len(items) > stepper.room():
             raise Overloaded(
                 f"{len(items)} rows, and {stepper.room()} more may wait", retry_after_s=stepper.retry_after_s()
             )
-        streams = [stepper.open(item, deadline=deadline, whole=True) for item in items]
+        streams: list[Stream] = []
 
         async def answer(row: int) -> Mapping[str, Any]:
             try:
@@ -311,19 +321,27 @@ class Host:
                 raise _of_row(error, row, len(items)) from error
 
         try:
+            for row, item in enumerate(items):
+                share = size_bytes // len(items) + (row < size_bytes % len(items))
+                streams.append(stepper.open(item, size_bytes=share, deadline=deadline, whole=True))
             return [await answer(0)] if len(items) == 1 else await asyncio.gather(*map(answer, range(len(items))))
         finally:
             for stream in streams:
                 stream.close()
 
-    async def stream(self, item: Item, *, timeout_s: float | None = None) -> AsyncIterator[Part]:
+    async def stream(self, item: Item, *, timeout_s: float | None = None, size_bytes: int = 0) -> AsyncIterator[Part]:
         """Answer one item in parts; closing or cancelling frees its slot within one step.
+
+        Args:
+            timeout_s: Seconds to the last part, at most the spec's `deadline_ms`.
+            size_bytes: What the request counts for in `max_queue_bytes`.
 
         Raises what `infer` raises, before the first part or after some.
         """
         if self._phase.name != "ready":
             raise self._not_ready()
-        stream = self._streaming().open(item, deadline=self._deadline(timeout_s))
+        self._check_size(1, size_bytes)
+        stream = self._streaming().open(item, size_bytes=size_bytes, deadline=self._deadline(timeout_s))
         try:
             async for part in stream:
                 yield part
@@ -384,8 +402,8 @@ class Host:
         try:
             prepared = self._model.prepare(row.value)
             priced = int(cost(prepared)) if cost else 1
-        except Exception as error:
-            return error
+        except BaseException as error:
+            return error if isinstance(error, Exception) else failure(error)
         row.value, row.is_prepared = prepared, True
         return priced
 
@@ -398,9 +416,12 @@ class Host:
         if not failed:
             return self._predict([row.value for row in rows])
         good = [row.value for index, row in enumerate(rows) if index not in failed]
-        results = iter(self._predict(good) if good else ())
-        missing = PredictionFailed("predict returned fewer results than it got items")
-        return [failed[index] if index in failed else next(results, missing) for index in range(len(rows))]
+        results = self._predict(good) if good else ()
+        if len(results) != len(good):
+            told = f"predict returned {len(results)} results for {len(good)} items"
+            results = [PredictionFailed(told) for _ in good]
+        answers = iter(results)
+        return [failed[index] if index in failed else next(answers) for index in range(len(rows))]
 
     def _predict(self, batch: Sequence[Any]) -> Sequence[Mapping[str, Any] | Exception]:
         results = self._model.predict(batch)
@@ -421,7 +442,7 @@ class Host:
         stepped = self._stepper.stats() if self._stepper else None
         return HostStats(
             queued=(batched.queued if batched else 0) + (stepped.queued if stepped else 0),
-            queued_bytes=batched.queued_bytes if batched else 0,
+            queued_bytes=(batched.queued_bytes if batched else 0) + (stepped.queued_bytes if stepped else 0),
             running=(batched.running if batched else 0) + (stepped.running if stepped else 0),
             batches=(batched.batches if batched else 0) + (stepped.steps if stepped else 0),
             items=(batched.items if batched else 0) + (stepped.ended if stepped else 0),
@@ -475,10 +496,15 @@ def _of_row(error: Exception, row: int, rows: int) -> Exception:
 
 
 def _joined(parts: Sequence[Part]) -> Mapping[str, Any]:
-    """Return the parts of a generated text as one result: text and tokens joined, of the rest the last."""
+    """Return the parts of a stream as one result: text and tokens joined, of the rest the last."""
     result: dict[str, Any] = {}
-    for part in parts:
-        result.update(part)
-    result["text"] = "".join(part.get("text", "") for part in parts)
-    result["token_ids"] = [token for part in parts for token in part.get("token_ids", ())]
+    try:
+        for part in parts:
+            result.update(part)
+        if "text" in result:
+            result["text"] = "".join(part.get("text", "") for part in parts)
+        if "token_ids" in result:
+            result["token_ids"] = [token for part in parts for token in part.get("token_ids", ())]
+    except (TypeError, ValueError) as error:
+        raise failure(error) from error
     return result

@@ -23,12 +23,15 @@ Part = Mapping[str, Any]
 logger = logging.getLogger(__name__)
 
 
-def failure(error: Exception) -> RoundhouseError:
+def failure(error: BaseException) -> RoundhouseError:
     """Return what the caller sees of an exception: ours as it is; the model's own by type and text, and logged here."""
     if isinstance(error, RoundhouseError):
         return error
     logger.error("the model raised", exc_info=error)
-    text = str(error)
+    try:
+        text = str(error)
+    except Exception as nested:
+        text = f"its text cannot be told ({type(nested).__name__})"
     return PredictionFailed(f"{type(error).__name__}: {text}" if text else type(error).__name__)
 
 
@@ -38,6 +41,7 @@ class WorkThread:
     def __init__(self, name: str) -> None:
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._is_closed = False
 
     def start(self) -> None:
         """Begin with what has been posted."""
@@ -47,7 +51,7 @@ class WorkThread:
         while (job := self._jobs.get()) is not None:
             try:
                 job()
-            except Exception:
+            except BaseException:  # a model may call sys.exit(), and a library may panic
                 logger.exception("a job of thread %s raised", self._thread.name)
 
     def post(self, job: Callable[[], None]) -> None:
@@ -55,7 +59,13 @@ class WorkThread:
         self._jobs.put(job)
 
     def call(self, function: Callable[..., X], *args: Any) -> asyncio.Future[X]:
-        """Run `function(*args)` on the thread; a call whose future is cancelled before it starts does not run."""
+        """Run `function(*args)` on the thread; a call whose future is cancelled before it starts does not run.
+
+        Raises:
+            NotReady: The thread was closed.
+        """
+        if self._is_closed:
+            raise NotReady("the model is shutting down", phase="draining", retry_after_s=1.0)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[X] = loop.create_future()
 
@@ -72,8 +82,13 @@ class WorkThread:
         self._jobs.put(job)
         return future
 
+    def is_alive(self) -> bool:
+        """Return whether it runs what is posted."""
+        return self._thread.is_alive()
+
     def close(self) -> None:
         """End the thread after what was posted before."""
+        self._is_closed = True
         self._jobs.put(None)
 
 
@@ -123,9 +138,9 @@ class Generators:
         except StopIteration:
             del self._running[key]
             return Step(key, None, done=True)
-        except Exception as error:
+        except BaseException as error:
             del self._running[key]
-            return Step(key, None, done=True, error=error)
+            return Step(key, None, done=True, error=failure(error))
 
     def release(self, key: int) -> None:
         """Close a generator, which runs its `finally`."""
@@ -138,8 +153,9 @@ class Generators:
 class Stream:
     """The event loop's end of one stream; it has one reader."""
 
-    def __init__(self, stepper: Stepper, item: Item, *, whole: bool) -> None:
-        self.item = item
+    def __init__(self, stepper: Stepper, item: Item, *, whole: bool, size_bytes: int) -> None:
+        self.item: Item | None = item
+        self.size_bytes = size_bytes
         self.prepared: Any = None
         self.whole = whole
         self.key: int | None = None
@@ -218,9 +234,10 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class StepperStats:
-    """Streams that wait, streams in slots, steps run, and streams that their model ended."""
+    """Streams that wait and their bytes, streams in slots, steps run, and streams that their model ended."""
 
     queued: int
+    queued_bytes: int
     running: int
     steps: int
     ended: int
@@ -239,6 +256,7 @@ class Stepper:
         model: Its methods are called on `thread` only.
         prepare: Called on `preparer` with the item; None leaves it as it is.
         max_queue: Streams that may wait for a slot.
+        max_queue_bytes: Bytes that they may have, as told to `open`.
         max_behind: Parts that may wait for their reader; then a generator pauses, and a stream of a stepped model,
             which cannot pause, ends with Cancelled.
     """
@@ -251,6 +269,7 @@ class Stepper:
         preparer: WorkThread,
         prepare: Callable[[Item], Any] | None,
         max_queue: int = 1024,
+        max_queue_bytes: int = 2**28,
         max_behind: int = 1024,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -260,6 +279,7 @@ class Stepper:
         self._preparer = preparer
         self._prepare = prepare
         self._max_queue = max_queue
+        self._max_queue_bytes = max_queue_bytes
         self._max_behind = max_behind
         self._clock = clock
         self._loop = asyncio.get_running_loop()
@@ -271,7 +291,7 @@ class Stepper:
         self._leavers: deque[Stream] = deque()
         self._active: dict[int, Stream] = {}  # the model's thread only
         self._open: set[Stream] = set()  # the event loop only
-        self._queued = 0
+        self._queued = self._queued_bytes = 0
         self._steps = 0
         self._ended = 0
         self._stream_s = 1.0
@@ -280,15 +300,16 @@ class Stepper:
 
     # On the event loop
 
-    def open(self, item: Item, *, deadline: float | None = None, whole: bool = False) -> Stream:
+    def open(self, item: Item, *, size_bytes: int = 0, deadline: float | None = None, whole: bool = False) -> Stream:
         """Queue a stream.
 
         Args:
+            size_bytes: What it counts for in `max_queue_bytes`.
             deadline: On the clock; the stream then ends with DeadlineExceeded.
             whole: The reader wants `all_parts` at the end and is not woken before.
 
         Raises:
-            Overloaded: Too many streams wait.
+            Overloaded: Too many streams wait, or too many bytes of them.
             NotReady: `drain` or `close` was called.
         """
         if self._closing:
@@ -297,14 +318,20 @@ class Stepper:
             raise Overloaded(
                 f"{self._queued} streams wait and at most {self._max_queue} may", retry_after_s=self.retry_after_s()
             )
-        stream = Stream(self, item, whole=whole)
+        if self._queued_bytes + size_bytes > self._max_queue_bytes:
+            raise Overloaded(
+                f"{self._queued_bytes} bytes wait, and {size_bytes} more would be above {self._max_queue_bytes}",
+                retry_after_s=self.retry_after_s(),
+            )
+        stream = Stream(self, item, whole=whole, size_bytes=size_bytes)
         with self._lock:
             self._queued += 1
+            self._queued_bytes += size_bytes
         self._open.add(stream)
         if deadline is not None:
             stream.timer = self._loop.call_later(max(0.0, deadline - self._clock()), self._expire, stream)
         if self._prepare is None:
-            stream.prepared = item
+            stream.prepared, stream.item = item, None
             self._arrivals.append(stream)
             self._kick()
         else:
@@ -331,13 +358,18 @@ class Stepper:
         with self._lock:
             stream.left = True
             if stream.waiting:
-                stream.waiting = False
-                self._queued -= 1
+                self._dequeue(stream)
                 with contextlib.suppress(ValueError):  # its item may be at the preparer still
                     self._arrivals.remove(stream)
             else:
                 self._leavers.append(stream)
         self._kick()
+
+    def _dequeue(self, stream: Stream) -> None:
+        """Take a stream out of the counts of what waits; the lock is held."""
+        stream.waiting = False
+        self._queued -= 1
+        self._queued_bytes -= stream.size_bytes
 
     def was_read(self, stream: Stream) -> None:
         """Take note that a reader read; a generator that was held for it goes on."""
@@ -378,7 +410,13 @@ class Stepper:
 
     def stats(self) -> StepperStats:
         """Return the counters and gauges as they are now."""
-        return StepperStats(queued=self._queued, running=len(self._active), steps=self._steps, ended=self._ended)
+        return StepperStats(
+            queued=self._queued,
+            queued_bytes=self._queued_bytes,
+            running=len(self._active),
+            steps=self._steps,
+            ended=self._ended,
+        )
 
     # On the preparer's thread
 
@@ -386,18 +424,19 @@ class Stepper:
         if stream.left:
             return
         try:
-            stream.prepared = self._prepare(stream.item)  # type: ignore[misc]
-        except Exception as error:
+            stream.prepared = self._prepare(stream.item)  # type: ignore[misc,arg-type]
+        except BaseException as error:
             self._refuse(stream, error)
             return
+        finally:
+            stream.item = None
         self._arrivals.append(stream)
         self._kick()
 
-    def _refuse(self, stream: Stream, error: Exception) -> None:
+    def _refuse(self, stream: Stream, error: BaseException) -> None:
         with self._lock:
             if stream.waiting:
-                stream.waiting = False
-                self._queued -= 1
+                self._dequeue(stream)
         tell(self._loop, self._deliver, [(stream, None, True, failure(error))])
 
     # On the model's thread
@@ -413,6 +452,18 @@ class Stepper:
     def _turn(self) -> None:
         with self._lock:
             self._news = False
+        try:
+            runnable = self._advance()
+        except BaseException as error:  # the model is no stepped model after all; the next turn must still come
+            tell(self._loop, self._deliver, self._fail_all(failure(error)))
+            runnable = False
+        with self._lock:
+            self._turn_is_due = again = self._news or runnable or bool(self._arrivals and self._has_room())
+        if again:
+            self._thread.post(self._turn)
+
+    def _advance(self) -> bool:
+        """Take one step of what is there; return whether another would find something to do."""
         self._release_leavers()
         self._admit_arrivals()
         runnable = self._hold_slow_readers()
@@ -420,10 +471,7 @@ class Stepper:
             delivery = self._step()
             if delivery:
                 tell(self._loop, self._deliver, delivery)
-        with self._lock:
-            self._turn_is_due = again = self._news or runnable or bool(self._arrivals and self._has_room())
-        if again:
-            self._thread.post(self._turn)
+        return runnable
 
     def _has_room(self) -> bool:
         return len(self._active) < self._model.slots
@@ -439,7 +487,7 @@ class Stepper:
     def _release(self, key: int) -> None:
         try:
             self._model.release(key)
-        except Exception:
+        except BaseException:
             logger.exception("the model raised as it released a stream")
 
     def _admit_arrivals(self) -> None:
@@ -448,15 +496,16 @@ class Stepper:
             with self._lock:
                 if stream.left:
                     continue
-                stream.waiting = False
-                self._queued -= 1
+                self._dequeue(stream)
             try:
-                stream.key = self._model.admit(stream.prepared)
-            except Exception as error:
+                key = self._model.admit(stream.prepared)
+                self._active[key] = stream
+            except BaseException as error:
                 tell(self._loop, self._deliver, [(stream, None, True, failure(error))])
             else:
+                stream.key = key
                 stream.admitted_at = self._clock()
-                self._active[stream.key] = stream
+            stream.prepared = None
 
     def _hold_slow_readers(self) -> bool:
         """Return whether any stream can go on."""
@@ -469,10 +518,14 @@ class Stepper:
 
     def _step(self) -> list[_Delivery]:
         self._steps += 1
+        taken: list[_Delivery] = []
         try:
-            return [delivery for step in self._model.step() if (delivery := self._delivery(step))]
-        except Exception as error:
-            return self._fail_all(failure(error))
+            for step in self._model.step():
+                if delivery := self._delivery(step):  # what was taken before an error counts
+                    taken.append(delivery)  # noqa: PERF401
+        except BaseException as error:
+            taken += self._fail_all(failure(error))
+        return taken
 
     def _delivery(self, step: Step) -> _Delivery | None:
         stream = self._active.get(step.key)

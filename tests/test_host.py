@@ -24,7 +24,7 @@ from serve.errors import (
     SourceError,
 )
 from serve.host import Host, Phase
-from serve.models.base import LoadContext
+from serve.models.base import LoadContext, Step
 from serve.settings import Settings
 from tests.toys import Countdown, Echo, Poison, Prepared, Slow, Words, spec
 
@@ -279,6 +279,101 @@ async def test_refused_and_failing_items_in_one_unprepared_batch_do_not_mix() ->
     assert isinstance(results[3], PredictionFailed)
     assert sorted(set(model.prepared)) == [-1, 0, 1, 2, 3]
     assert [model.prepared.count(number) for number in (1, 2, 3, -1)] == [1, 1, 1, 1], "nothing is prepared twice"
+
+
+async def test_wrong_count_beside_a_refused_item_fails_all_that_were_computed() -> None:
+    class Forgetful(Prepared):
+        padded = False
+
+        def predict(self, batch: Sequence[Any]) -> Any:
+            return list(super().predict(batch))[: len(batch) if len(batch) < 3 else 1]
+
+    async with hosted(Forgetful(), batching={"max_batch_size": 8}) as host:
+        results = await asyncio.gather(*(host.infer(rows(number)) for number in (1, 0, 2, 3)), return_exceptions=True)
+    assert isinstance(results[1], InvalidInput)
+    for index in (0, 2, 3):
+        assert isinstance(results[index], PredictionFailed), "which of them the one result is of, nobody knows"
+        assert "1 results for 3 items" in str(results[index])
+
+
+async def test_no_more_is_prepared_than_the_next_batches_need() -> None:
+    class Held(Prepared):
+        def __init__(self) -> None:
+            super().__init__()
+            self.go, self.started = threading.Event(), threading.Event()
+            self.go.set()
+
+        def predict(self, batch: Sequence[Any]) -> Any:
+            self.started.set()
+            self.go.wait(10)
+            return super().predict(batch)
+
+    model = Held()
+    async with hosted(model, batching={"max_batch_size": 4}) as host:
+        model.go.clear()
+        model.started.clear()
+        first = asyncio.create_task(host.infer(rows(1)))
+        await until(model.started.is_set)
+        rest = [asyncio.create_task(host.infer(rows(number))) for number in range(2, 1000)]
+        seen = -1
+        while seen != len(model.prepared):  # it stands still once enough is ready
+            seen = len(model.prepared)
+            for _ in range(20):
+                await asyncio.sleep(0.002)
+        assert 4 <= seen < 300
+        model.go.set()
+        assert [ys(result) for result in await asyncio.gather(first, *rest)] == [[2 * n] for n in range(1, 1000)]
+
+
+async def test_progress_told_after_the_load_does_not_bring_the_phase_back() -> None:
+    class Chatty(Echo):
+        def load(self, context: LoadContext) -> None:
+            self.progress = context.progress
+
+        def predict(self, batch: Sequence[Any]) -> Any:
+            self.progress("still unpacking", 1, 2)
+            return super().predict(batch)
+
+    async with hosted(Chatty()) as host:
+        assert ys(await host.infer(rows(1))) == [1]
+        await asyncio.sleep(0)
+        assert host.phase == "ready"
+        assert ys(await host.infer(rows(2))) == [2]
+
+
+async def test_close_ends_a_load_that_is_under_way() -> None:
+    held, loading = threading.Event(), threading.Event()
+
+    class Waits(Echo):
+        def load(self, context: LoadContext) -> None:
+            loading.set()
+            held.wait(10)
+
+    host = unready(Waits())
+    load = asyncio.create_task(host.load())
+    await until(loading.is_set)
+    await host.close()
+    held.set()
+    with pytest.raises(LoadError, match="shutting down"):
+        await load
+
+
+async def test_stepped_parts_that_are_no_text_are_joined_or_refused() -> None:
+    class Counts(Words):
+        def step(self) -> Any:
+            return [Step(step.key, {"text": 7}, done=step.done) for step in super().step()]
+
+    class Plain(Words):
+        def step(self) -> Any:
+            return [Step(step.key, {"count": 7}, done=step.done) for step in super().step()]
+
+    async with hosted(Plain()) as host:
+        assert await host.infer([{"prompt": b"2"}]) == [{"count": 7}]
+    host = unready(Counts())
+    await host.load()
+    with pytest.raises(PredictionFailed, match="TypeError"):
+        await host.infer([{"prompt": b"2"}])
+    await host.close()
 
 
 @pytest.mark.parametrize(

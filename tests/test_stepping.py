@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -183,15 +184,42 @@ async def test_queue_of_streams_is_bounded() -> None:
         await asyncio.gather(*map(texts, streams))
 
 
-async def test_deadline_ends_a_stream_with_what_it_has_and_frees_its_slot() -> None:
+async def test_bytes_of_waiting_streams_are_bounded() -> None:
     model = Words(slots=1)
     reins = Reins(model)
-    clock = 0.0
-    async with stepper_of(model, clock=lambda: clock) as stepper:
-        running = stepper.open(prompt(1000), deadline=0.05)
-        waiting = stepper.open(prompt(1), deadline=0.05)
+    async with stepper_of(model, max_queue_bytes=100) as stepper:
+        streams = [stepper.open(prompt(1), size_bytes=100)]
+        await until(lambda: stepper.stats().running == 1)
+        assert stepper.stats().queued_bytes == 0, "what is computed waits no longer"
+        left = stepper.open(prompt(1), size_bytes=60)
+        with pytest.raises(Overloaded, match="60 bytes wait, and 41 more"):
+            stepper.open(prompt(1), size_bytes=41)
+        left.close()
+        streams.append(stepper.open(prompt(1), size_bytes=100))
+        reins.let_go()
+        await asyncio.gather(*map(texts, streams))
+        assert stepper.stats().queued_bytes == 0
+
+
+async def test_deadline_ends_a_stream_with_what_it_has_and_frees_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Words(slots=1)
+    reins = Reins(model)
+    loop = asyncio.get_running_loop()
+    really_later, alarms = loop.call_later, []
+
+    def call_later(delay: float, function: Any, *args: Any, **options: Any) -> asyncio.TimerHandle:
+        if delay == 60:
+            alarms.append(lambda: function(*args))
+        return really_later(delay, function, *args, **options)
+
+    monkeypatch.setattr(loop, "call_later", call_later)
+    async with stepper_of(model, clock=lambda: 1000.0) as stepper:
+        running = stepper.open(prompt(1000), deadline=1060.0)
+        waiting = stepper.open(prompt(1), deadline=1060.0)
         reins.allow(1)
         assert (await anext(running))["text"] == "w0 "
+        for ring in alarms:
+            ring()
         with pytest.raises(DeadlineExceeded):
             await anext(running)
         with pytest.raises(DeadlineExceeded):
@@ -232,12 +260,60 @@ async def test_failing_step_fails_its_streams_and_the_next_are_served() -> None:
         assert not model.active
 
 
-async def test_step_that_returns_nonsense_fails_its_streams() -> None:
+@pytest.mark.parametrize("method", ["prepare", "admit", "step"])
+async def test_model_that_exits_fails_its_stream_and_its_thread_goes_on(method: str) -> None:
+    model = Words()
+    works, broken = getattr(model, method), True
+    setattr(model, method, lambda *given: sys.exit("no licence") if broken else works(*given))
+    async with stepper_of(model) as stepper:
+        for _ in range(2):
+            with pytest.raises(PredictionFailed, match="SystemExit: no licence"):
+                await texts(stepper.open(prompt(2)))
+        broken = False
+        assert await texts(stepper.open(prompt(1))) == ["w0 "]
+
+
+async def test_model_that_admits_under_no_key_fails_the_stream_only() -> None:
+    model = Words()
+    admit = model.admit
+    model.admit = lambda prepared: [admit(prepared)] if prepared == "1" else admit(prepared)  # type: ignore[method-assign, return-value, assignment]
+    async with stepper_of(model) as stepper:
+        with pytest.raises(PredictionFailed, match="TypeError"):
+            await texts(stepper.open(prompt(1)))
+        assert await texts(stepper.open(prompt(2))) == ["w0 ", "w1 "]
+
+
+@pytest.mark.parametrize("answer", [None, [None], ["w0"]])
+async def test_step_that_returns_nonsense_fails_its_streams(answer: Any) -> None:
     model = Words()
     async with stepper_of(model) as stepper:
-        model.step = lambda: None  # type: ignore[assignment, return-value, method-assign]
-        with pytest.raises(PredictionFailed, match="TypeError"):
+        model.step = lambda: answer  # type: ignore[method-assign]
+        with pytest.raises(PredictionFailed, match=r"TypeError|AttributeError"):
             await texts(stepper.open(prompt(2)))
+
+
+async def test_results_before_the_nonsense_of_a_step_count() -> None:
+    model = Words()
+    step = model.step
+    model.step = lambda: [*step(), None]  # type: ignore[list-item, method-assign]
+    async with stepper_of(model) as stepper:
+        assert await texts(stepper.open(prompt(1))) == ["w0 "]
+
+
+async def test_error_without_a_text_is_told_by_its_type() -> None:
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise ValueError("mute")
+
+    model = Words()
+
+    def fall() -> None:
+        raise Mute
+
+    model.on_step = fall
+    async with stepper_of(model) as stepper:
+        with pytest.raises(PredictionFailed, match="Mute"):
+            await texts(stepper.open(prompt(1)))
 
 
 async def test_whole_answer_wakes_its_reader_once() -> None:
@@ -344,6 +420,11 @@ async def test_work_thread_answers_raises_and_skips_what_was_cancelled() -> None
     with pytest.raises(RuntimeError, match="StopIteration"):
         await thread.call(lambda: next(iter(())))
     thread.post(lambda: ran.append(str(1 / 0)))
+    thread.post(sys.exit)
     assert await thread.call(lambda: "alive") == "alive"
     assert ran == []
+    assert thread.is_alive()
     thread.close()
+    with pytest.raises(NotReady):
+        thread.call(max, 2, 3)
+    await until(lambda: not thread.is_alive())

@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from serve.api.wire import Receive
-from serve.errors import Cancelled, InvalidInput, PayloadTooLarge, UnsupportedMedia
+from serve.errors import Cancelled, InvalidInput, Overloaded, PayloadTooLarge, UnsupportedMedia
 
 # `curl -d` says form-urlencoded and tritonclient says nothing: both send JSON.
 _READABLE_TYPES = frozenset(
@@ -49,17 +49,47 @@ def read_length(value: bytes) -> int | None:
     return int(value) if len(value) < 20 and value.isdigit() else None
 
 
-async def read_body(headers: dict[bytes, bytes], receive: Receive, *, limit: int) -> bytes:
+class Uploads:
+    """Bounds the bytes of the bodies that are arriving: they count for no queue yet, and their clients may be slow.
+
+    Args:
+        max_bytes: What all of them together may have sent; a body that arrives in one piece is not counted.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+
+    def take(self, size: int) -> None:
+        """Count bytes that arrived.
+
+        Raises:
+            Overloaded: They would be too many; nothing is counted then.
+        """
+        if self._bytes + size > self._max_bytes:
+            raise Overloaded(
+                f"requests of {self._bytes} bytes are arriving, and at most {self._max_bytes} may", retry_after_s=1.0
+            )
+        self._bytes += size
+
+    def give_back(self, size: int) -> None:
+        """Take bytes out of the count."""
+        self._bytes -= size
+
+
+async def read_body(headers: dict[bytes, bytes], receive: Receive, *, limit: int, uploads: Uploads) -> bytes:
     """Return the body, decompressed.
 
     Args:
         limit: Bytes that it may have, compressed and decompressed.
+        uploads: What it counts for while it arrives.
 
     Raises:
         PayloadTooLarge: It has more; where its length is declared, before any of it is read.
         UnsupportedMedia: Its encoding is not gzip, deflate or identity.
         InvalidInput: It does not decompress, or its declared length is no number.
         Cancelled: The client left while sending it.
+        Overloaded: `uploads` is full.
     """
     declared = headers.get(b"content-length")
     if declared is not None:
@@ -73,25 +103,30 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive, *, limit: int
         raise Cancelled("the client left while sending its request")
     body: bytes = message.get("body", b"")
     if message.get("more_body", False):
-        body = await _read_rest(body, receive, limit)
+        body = await _read_rest(body, receive, limit, uploads)
     elif len(body) > limit:
         raise _too_large(len(body), limit)
     encoding = headers.get(b"content-encoding")
     return body if encoding is None else await _decoded(body, encoding, limit)
 
 
-async def _read_rest(first: bytes, receive: Receive, limit: int) -> bytes:
-    parts, size, more = [first], len(first), True
-    while more:
-        if size > limit:
-            raise _too_large(size, limit)
-        message = await receive()
-        if message["type"] != "http.request":
-            raise Cancelled("the client left while sending its request")
-        part = message.get("body", b"")
-        parts.append(part)
-        size += len(part)
-        more = message.get("more_body", False)
+async def _read_rest(first: bytes, receive: Receive, limit: int, uploads: Uploads) -> bytes:
+    parts, part, size, taken, more = [first], first, len(first), 0, True
+    try:
+        while more:
+            if size > limit:
+                raise _too_large(size, limit)
+            uploads.take(len(part))
+            taken += len(part)
+            message = await receive()
+            if message["type"] != "http.request":
+                raise Cancelled("the client left while sending its request")
+            part = message.get("body", b"")
+            parts.append(part)
+            size += len(part)
+            more = message.get("more_body", False)
+    finally:
+        uploads.give_back(taken)
     if size > limit:
         raise _too_large(size, limit)
     return b"".join(parts)

@@ -14,7 +14,7 @@ from starlette.routing import BaseRoute, Route
 from serve import __version__
 from serve.api import documents, openai_surface
 from serve.api.application import Answer, Application, Endpoint
-from serve.api.body import check_media_type, json_type, parse_object, read_body
+from serve.api.body import Uploads, check_media_type, json_type, parse_object, read_body
 from serve.api.directory import Directory, ModelStatus, find, not_ready
 from serve.api.errors import ReplicaLost, Shape, describe, open_inference_shape, openai_shape
 from serve.api.forward import Reply, Upstream, UpstreamError
@@ -42,6 +42,7 @@ _PASSED_BACK = (
 _STATES = {"ready": "READY", "failed": "UNAVAILABLE", "draining": "UNLOADING"}
 _EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"]
 _ROUTE_RETRY_S = 1.0
+_ARRIVING_BYTES = 256 * 2**20
 
 
 def build_gateway_app(
@@ -64,6 +65,7 @@ class GatewayRoutes:
     def __init__(self, directory: Directory, *, base_url: str, watch_disconnect: bool) -> None:
         self._directory = directory
         self._upstream = Upstream(base_url)
+        self._uploads = Uploads(_ARRIVING_BYTES)
         self._watch = watch_disconnect
 
     def application(self, settings: Settings) -> Application:  # noqa: ARG002 - nothing of it concerns these routes yet
@@ -134,7 +136,7 @@ class GatewayRoutes:
         return Endpoint.telling(refuse, open_inference_shape)
 
     async def _index(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:  # noqa: ARG002
-        body = await read_body(headers, receive, limit=65536)
+        body = await read_body(headers, receive, limit=65536, uploads=self._uploads)
         only_ready = parse_object(body).get("ready", False) if body.strip() else False
         if type(only_ready) is not bool:
             raise InvalidInput(f"must be true or false, not {only_ready!r:.60}", place="ready")
@@ -179,7 +181,7 @@ class GatewayRoutes:
                 check_media_type(headers)
             models = self._directory.models()
             limit = max((status.max_request_bytes for status in models), default=2**20)
-            body = await read_body(headers, receive, limit=limit)
+            body = await read_body(headers, receive, limit=limit, uploads=self._uploads)
             name = form_model(headers.get(b"content-type"), body) if is_form else body_model(body)
             status = find(self._directory, name)
             if not status.ready:

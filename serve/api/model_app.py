@@ -14,7 +14,7 @@ from starlette.routing import BaseRoute, Route
 
 from serve.api import documents, openai_surface
 from serve.api.application import Answer, Application, Endpoint
-from serve.api.body import asked_encoding, check_media_type, compress, parse_object, read_body
+from serve.api.body import Uploads, asked_encoding, check_media_type, compress, parse_object, read_body
 from serve.api.deadlines import timeout_s
 from serve.api.errors import describe, open_inference_shape, openai_shape
 from serve.api.multipart import parse_form
@@ -65,6 +65,7 @@ class ModelRoutes:
         self._signature = host.signature
         self._protocol = OpenInference(host.spec, host.signature)
         self._limit = host.spec.limits.max_request_bytes
+        self._uploads = Uploads(max(self._limit, host.spec.batching.max_queue_bytes))
         self._watch = watch_disconnect
         self._document = documents.model_document(self._protocol)
 
@@ -173,7 +174,7 @@ class ModelRoutes:
         """`POST /infer`: tensors in, tensors out."""
         wait_s = timeout_s(headers)
         check_media_type(headers)
-        body = await read_body(headers, receive, limit=self._limit)
+        body = await read_body(headers, receive, limit=self._limit, uploads=self._uploads)
         request = self._protocol.read(body, headers.get(HEADER_LENGTH))
         if request.timeout_s is not None:
             wait_s = request.timeout_s if wait_s is None else min(wait_s, request.timeout_s)
@@ -191,7 +192,7 @@ class ModelRoutes:
         openai_surface.check_task("embeddings", self._spec)
         wait_s = timeout_s(headers)
         check_media_type(headers)
-        body = await read_body(headers, receive, limit=self._limit)
+        body = await read_body(headers, receive, limit=self._limit, uploads=self._uploads)
         request = openai_surface.read_embeddings(parse_object(body), self._spec, self._signature)
         items = [{"text": text} for text in request.texts]
         with _about_field("input"):
@@ -204,7 +205,7 @@ class ModelRoutes:
         """`POST /v1/audio/transcriptions`: a recording in, its words out."""
         openai_surface.check_task("audio/transcriptions", self._spec)
         wait_s = timeout_s(headers)
-        body = await read_body(headers, receive, limit=self._limit)
+        body = await read_body(headers, receive, limit=self._limit, uploads=self._uploads)
         form = parse_form(headers.get(b"content-type"), body)
         request = openai_surface.read_transcription(form, self._spec, self._signature)
         with _about_field("file"):
@@ -224,7 +225,7 @@ class ModelRoutes:
             openai_surface.check_task(endpoint, self._spec)
             wait_s = timeout_s(headers)
             check_media_type(headers)
-            body = await read_body(headers, receive, limit=self._limit)
+            body = await read_body(headers, receive, limit=self._limit, uploads=self._uploads)
             request = read(parse_object(body), self._spec, self._signature)
             told = openai_surface.TextAnswer(
                 request,
@@ -233,9 +234,9 @@ class ModelRoutes:
                 created=int(time.time()),
                 model=self._spec.name,
             )
-            with _about_field(request.field):
+            with _about_field(request.field, choices=request.choices):
                 if request.stream:
-                    await self._stream(request, told, headers, receive, send, wait_s)
+                    await self._stream(request, told, headers, receive, send, wait_s, len(body))
                     return
                 results = await self._infer(request.items, receive, timeout_s=wait_s, size_bytes=len(body))
             content = orjson.dumps(told.whole(results), option=orjson.OPT_SERIALIZE_NUMPY)
@@ -251,12 +252,14 @@ class ModelRoutes:
         receive: Receive,
         send: Send,
         wait_s: float | None,
+        size_bytes: int,
     ) -> None:
         """Send the choices as server-sent events; an error before the first part has its status, later an event."""
         last: dict[int, Result] = {}
         started = False
         try:
-            async with cancelled_on_disconnect(receive), merged(self._host, request.items, timeout_s=wait_s) as parts:
+            together = merged(self._host, request.items, timeout_s=wait_s, size_bytes=size_bytes)
+            async with cancelled_on_disconnect(receive), together as parts:
                 async for index, part in parts:
                     events = told.chunks(index, part)
                     if not started:
@@ -284,17 +287,17 @@ async def _send_events(send: Send, events: Sequence[dict[str, Any]], *, end: byt
 
 
 @contextlib.contextmanager
-def _about_field(field: str) -> Any:
-    """Tell errors about an item as errors about the request's field that it came from."""
+def _about_field(field: str, *, choices: int = 1) -> Any:
+    """Tell errors about an item as errors about the request's field that it, or `choices` of them, came from."""
     try:
         yield
     except InvalidInput as error:
-        raise openai_surface.of_request(error, field) from error
+        raise openai_surface.of_request(error, field, choices=choices) from error
 
 
 @contextlib.asynccontextmanager
 async def merged(
-    host: Host, items: Sequence[Item], *, timeout_s: float | None
+    host: Host, items: Sequence[Item], *, timeout_s: float | None, size_bytes: int
 ) -> AsyncIterator[AsyncIterator[tuple[int, Result]]]:
     """Stream several items at once: yields an iterator of (which item, part) that ends with the last of them.
 
@@ -304,7 +307,8 @@ async def merged(
 
     async def pump(index: int, item: Item) -> None:
         try:
-            async with contextlib.aclosing(host.stream(item, timeout_s=timeout_s)) as parts:  # type: ignore[type-var]
+            stream = host.stream(item, timeout_s=timeout_s, size_bytes=size_bytes // len(items))
+            async with contextlib.aclosing(stream) as parts:  # type: ignore[type-var]
                 async for part in parts:
                     await queue.put((index, part))
             await queue.put(None)

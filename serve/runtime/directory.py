@@ -14,7 +14,7 @@ from typing import Any
 
 import ray.serve as ray_serve
 
-from serve.api.directory import ModelStatus
+from serve.api.directory import ModelStatus, version_of
 from serve.runtime import phases
 from serve.runtime.replica import application_name
 
@@ -99,6 +99,7 @@ def model_status(
         target_replicas=target,
         max_request_bytes=entry["limits"]["max_request_bytes"],
         request=last.request if last else None,
+        version=version_of(entry["revision"]),
     )
 
 

@@ -225,7 +225,10 @@ class Platform:
         changes = diff(self._running, specs)
         changes = Changes(changes.deploy[:at_most], changes.remove)
         phases.declare(
-            [spec.model_dump(mode="json", include={"name", "task", "description", "limits"}) for spec in specs]
+            [
+                spec.model_dump(mode="json", include={"name", "task", "description", "limits", "revision"})
+                for spec in specs
+            ]
         )
         for name in changes.remove:
             ray_serve.delete(application_name(name), _blocking=False)

@@ -72,8 +72,8 @@ class ModelReplica:
 
     async def check_health(self) -> None:
         """Fail where the model's thread is gone, so that Ray replaces the replica."""
-        if self._host.phase == "failed":
-            raise RuntimeError(f"model {self._spec.name} failed")
+        if not self._host.is_alive:
+            raise RuntimeError(f"the thread of model {self._spec.name} is gone")
 
     async def __del__(self) -> None:
         if hasattr(self, "_host"):

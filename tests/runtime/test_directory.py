@@ -12,7 +12,7 @@ from serve.runtime.directory import model_status
 from serve.runtime.phases import ReplicaPhase
 
 ENTRY: dict[str, Any] = {
-    "name": "a", "task": "python", "description": "", "limits": {"max_request_bytes": 7}
+    "name": "a", "task": "python", "description": "", "revision": "refs/pr/1", "limits": {"max_request_bytes": 7}
 }  # fmt: skip
 
 
@@ -24,6 +24,10 @@ def application(status: str, message: str = "", **states: int) -> Any:
 
 def said(phase: str, message: str = "", done: int = 0, total: int = 0) -> ReplicaPhase:
     return ReplicaPhase("a", "r", phase, message, done, total, 0.0, {})
+
+
+def test_the_version_is_the_revision_in_one_part_of_a_path():
+    assert model_status(ENTRY, None, None).version == "refs-pr-1"
 
 
 def test_a_request_that_a_replica_tells_is_shown():

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -21,13 +21,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from serve.errors import LoadError
+from serve.models.few_rows import FewRows
 
 SUPPORTED = ("llama", "mistral", "qwen2")
 
-_BLOCK = 64  # neighbouring logits whose greatest stands for them in the search for the best
-_CANDIDATES = 4  # best tokens of a row whose logits are computed again on the head as it was read
-_TIE_DEVIATIONS = 4  # standard deviations of a logit's error within which two logits are a tie
-_TIE_TOKENS = 24  # length of the sequence that the error is measured on
+_FEW = 32  # rows up to which torch's own product, which reorders the weights first, takes longer
 
 Progress = Callable[[str, int, int], None]
 #: (layer, queries [rows, heads, head_dim]) -> mixed values, the same numbers in the same order
@@ -200,60 +198,47 @@ class Norm:
 
 
 class Dense:
-    """A linear map on the weights as they were read."""
+    """A linear map.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    Args:
+        weight: [outputs, width].
+        bias: [outputs], or None.
+        halves: Hold a float32 weight in float16 too, for few rows: half the bytes of what bounds those.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, halves: bool = False) -> None:
         self.weight, self.bias = weight, bias
+        self._few: FewRows | None = None
+        if weight.device.type == "cpu" and weight.dtype == torch.float32 and FewRows.takes(weight):
+            few = weight.half() if halves else weight
+            self._few = FewRows(few, bias, threads=torch.get_num_threads())
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Return `rows @ weight.T + bias`."""
+        if self._few is not None and len(rows) <= _FEW:
+            return self._few(rows)
         return F.linear(rows, self.weight, self.bias)
 
 
-class Packed:
-    """The same map for few rows: float16 weights in FBGEMM's order, float32 rows and float32 sums."""
-
-    def __init__(self, dense: Dense) -> None:
-        self._weights = torch.ops.quantized.linear_prepack_fp16(dense.weight, dense.bias)
-        self._apply: Callable[[Tensor, Any], Tensor] = torch.ops.quantized.linear_dynamic_fp16.default
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Return `rows @ weight.T + bias`."""
-        return self._apply(rows, self._weights)
-
-
-L = TypeVar("L", Dense, Packed)
-
-
 @dataclass(frozen=True, slots=True)
-class Layer(Generic[L]):
+class Layer:
     """One transformer block; the linears are q, k, v in one and gate, up in one."""
 
     attention_norm: Norm
-    qkv: L
-    out: L
+    qkv: Dense
+    out: Dense
     mlp_norm: Norm
-    gate_up: L
-    down: L
+    gate_up: Dense
+    down: Dense
 
 
 @dataclass(frozen=True, slots=True)
-class Stack(Generic[L]):
+class Stack:
     """What turns embeddings into logits."""
 
-    layers: Sequence[Layer[L]]
+    layers: Sequence[Layer]
     norm: Norm
-    head: L
-
-
-def pack(stack: Stack[Dense], progress: Progress) -> Stack[Packed]:
-    """Return the same maps for few rows on a CPU."""
-    layers = []
-    for done, layer in enumerate(stack.layers, 1):
-        qkv, out, gate_up, down = map(Packed, (layer.qkv, layer.out, layer.gate_up, layer.down))
-        layers.append(Layer(layer.attention_norm, qkv, out, layer.mlp_norm, gate_up, down))
-        progress("packing layers", done, len(stack.layers))
-    return Stack(layers, stack.norm, Packed(stack.head))
+    head: Dense
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,33 +255,13 @@ class Piece:
     start: int
 
 
-@dataclass(frozen=True, slots=True)
-class Decoded:
-    """What one token a row gave.
-
-    Args:
-        logits: float32 [rows, vocab_size].
-        likeliest: The token of each row's greatest logit.
-        sure: Whether that is certain to be the token on the weights as they were read.
-    """
-
-    logits: Tensor
-    likeliest: list[int]
-    sure: list[bool]
-
-
 class Llama:
     """A model of the llama family and the key/value cache of its slots.
-
-    On a CPU with FBGEMM, `decode` reads its weights in float16, half the bytes of what bounds it, and multiplies and
-    adds in float32. It tells of each row whether that can have changed the likeliest token, measured by what it changes
-    in the logits of a sequence at load; such a row is to be read again by `prefill`, which is bound by arithmetic and
-    always reads the float32 weights. So greedy tokens are the float32 model's.
 
     Args:
         folder: config.json and safetensors in the Hugging Face layout.
         device: A torch device.
-        dtype: Type of weights, activations and cache; float16 on a CPU is float32 in which every row is sure.
+        dtype: Type of weights, activations and cache; float16 on a CPU is that of the weights alone.
         slots: Sequences that the cache holds.
         context_tokens: Positions of each.
         progress: Called with (what, layers done, layers in all).
@@ -320,8 +285,8 @@ class Llama:
             raise LoadError(f"context_tokens {context_tokens} is above the model's {config.max_position_embeddings}")
         self.device = torch.device(device)
         self.context_tokens = context_tokens
-        packs = device == "cpu" and dtype != torch.bfloat16 and "fbgemm" in torch.backends.quantized.supported_engines
-        self._dtype = torch.float32 if device == "cpu" and dtype == torch.float16 else dtype
+        self._halves = device == "cpu" and dtype == torch.float16
+        self._dtype = torch.float32 if self._halves else dtype
         self._rotary = rotary_table(config, context_tokens).to(self.device)
         weights = Weights(folder)
         embedding = self._place(weights.take("model.embed_tokens.weight", config.vocab_size, config.hidden_size))
@@ -329,11 +294,13 @@ class Llama:
         if not config.tie_word_embeddings:
             head = self._place(weights.take("lm_head.weight", config.vocab_size, config.hidden_size))
         norm = self._norm(weights.take("model.norm.weight", config.hidden_size))
-        layers = [self._read_layer(weights, index) for index in range(config.num_hidden_layers)]
+        layers = []
+        for index in range(config.num_hidden_layers):
+            layers.append(self._read_layer(weights, index))
+            progress("reading layers", index + 1, config.num_hidden_layers)
         weights.finish()
         self._embedding = embedding
-        self._exact = Stack(layers, norm, Dense(head))
-        self._fast: Stack[Any] = pack(self._exact, progress) if packs else self._exact
+        self._stack = Stack(layers, norm, self._dense(head))
         # [layers, keys and values, slots, heads, positions, head_dim]
         shape = (config.num_hidden_layers, 2, slots, config.num_key_value_heads, context_tokens, config.head_dim)
         self._cache = self._zeros(shape)
@@ -343,19 +310,12 @@ class Llama:
         #: Where a token's keys and values of slot 0, position 0 are, as rows of a layer's cache.
         self._first_rows = parts.flatten().to(self.device) * strides[0] + heads.flatten().to(self.device) * strides[2]
         self._slot_rows = int(strides[1])
-        self._near_tie = self._measure_near_tie() if packs and dtype == torch.float32 else None
 
     def _place(self, tensor: Tensor) -> Tensor:
         return tensor.to(device=self.device, dtype=self._dtype)
 
-    @torch.inference_mode()
-    def _measure_near_tie(self) -> float:
-        """Return the margin between two logits below which float16 weights may have changed their order."""
-        count = min(_TIE_TOKENS, self.context_tokens)
-        tokens = torch.randint(self.config.vocab_size, (count,), generator=torch.Generator().manual_seed(0)).tolist()
-        packed, exact = (self._read(stack, [Piece(tokens, slot=0, start=0)]) for stack in (self._fast, self._exact))
-        error = self._logits(self._exact, packed) - self._logits(self._exact, exact)
-        return _TIE_DEVIATIONS * float(error.std(-1).mean())
+    def _dense(self, weight: Tensor, bias: Tensor | None = None) -> Dense:
+        return Dense(self._place(weight), None if bias is None else self._place(bias), halves=self._halves)
 
     def _norm(self, weight: Tensor) -> Norm:
         return Norm(self._place(weight), self.config.rms_norm_eps)
@@ -367,7 +327,7 @@ class Llama:
         pages = mmap(-1, math.prod(shape) * self._dtype.itemsize, flags=MAP_PRIVATE | MAP_ANONYMOUS)
         return torch.frombuffer(pages, dtype=self._dtype).view(shape)
 
-    def _read_layer(self, weights: Weights, index: int) -> Layer[Dense]:
+    def _read_layer(self, weights: Weights, index: int) -> Layer:
         config, prefix = self.config, f"model.layers.{index}."
         hidden, inner = config.hidden_size, config.intermediate_size
         heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
@@ -382,11 +342,11 @@ class Llama:
         out = weights.take(f"{prefix}self_attn.o_proj.weight", hidden, heads[0] * config.head_dim)
         return Layer(
             attention_norm=self._norm(weights.take(f"{prefix}input_layernorm.weight", hidden)),
-            qkv=Dense(self._place(torch.cat(parts)), self._place(torch.cat(biases)) if biases else None),
-            out=Dense(self._place(out)),
+            qkv=self._dense(torch.cat(parts), torch.cat(biases) if biases else None),
+            out=self._dense(out),
             mlp_norm=self._norm(weights.take(f"{prefix}post_attention_layernorm.weight", hidden)),
-            gate_up=Dense(self._place(torch.cat(gate_up))),
-            down=Dense(self._place(weights.take(f"{prefix}mlp.down_proj.weight", hidden, inner))),
+            gate_up=self._dense(torch.cat(gate_up)),
+            down=self._dense(weights.take(f"{prefix}mlp.down_proj.weight", hidden, inner)),
         )
 
     @torch.inference_mode()
@@ -401,11 +361,11 @@ class Llama:
         Returns:
             Logits of each piece's last token, float32 [pieces, vocab_size].
         """
-        hidden = self._read(self._exact, pieces)
+        hidden = self._read(pieces)
         ends = torch.tensor([len(piece.tokens) for piece in pieces]).cumsum(0) - 1
-        return self._logits(self._exact, hidden[ends.to(self.device)])
+        return self._logits(hidden[ends.to(self.device)])
 
-    def _read(self, stack: Stack[Any], pieces: Sequence[Piece]) -> Tensor:
+    def _read(self, pieces: Sequence[Piece]) -> Tensor:
         counts = [len(piece.tokens) for piece in pieces]
         attentions = [self._piece_attention(piece) for piece in pieces]
 
@@ -419,7 +379,7 @@ class Llama:
         )
         tokens = torch.tensor([token for piece in pieces for token in piece.tokens])
         tokens, positions, rows = (part.to(self.device) for part in (tokens, positions, rows))
-        return self._run(stack, tokens, positions, rows, attend)
+        return self._run(tokens, positions, rows, attend)
 
     def _piece_attention(self, piece: Piece) -> Attend:
         count, end = len(piece.tokens), piece.start + len(piece.tokens)
@@ -436,28 +396,22 @@ class Llama:
         return attend
 
     @torch.inference_mode()
-    def decode(self, tokens: Sequence[int], *, slots: Sequence[int], starts: Sequence[int]) -> Decoded:
+    def decode(self, tokens: Sequence[int], *, slots: Sequence[int], starts: Sequence[int]) -> Tensor:
         """Put one token into each of several slots.
 
         Args:
             tokens: The new token of each row.
             slots: The slot of each row, ascending.
             starts: Tokens that each row's slot holds already; the new one is written after them.
+
+        Returns:
+            Logits, float32 [rows, vocab_size].
         """
         positions = torch.tensor(starts, device=self.device)
         rows = positions + torch.tensor(slots, device=self.device) * self._slot_rows
         attend = self._decode_attention(slots, starts)
-        hidden = self._run(self._fast, torch.tensor(tokens, device=self.device), positions, rows, attend)
-        logits = self._logits(self._fast, hidden)
-        if self._near_tie is None:
-            return Decoded(logits, logits.argmax(-1).tolist(), [True] * len(tokens))
-        candidates = best(logits, _CANDIDATES)
-        # The head's own rounding is the largest part of a logit's error, and a few of its rows cost nothing.
-        exact = torch.bmm(self._exact.head.weight[candidates], self._exact.norm(hidden).unsqueeze(-1)).squeeze(-1)
-        logits.scatter_(1, candidates, exact)
-        first = exact.topk(2)
-        likeliest = candidates.gather(1, first.indices[:, :1]).flatten().tolist()
-        return Decoded(logits, likeliest, (first.values[:, 0] - first.values[:, 1] > self._near_tie).tolist())
+        hidden = self._run(torch.tensor(tokens, device=self.device), positions, rows, attend)
+        return self._logits(hidden)
 
     def _decode_attention(self, slots: Sequence[int], starts: Sequence[int]) -> Attend:
         """Attend over the span of slots from the lowest to the highest row's, as far as the longest row goes.
@@ -488,11 +442,10 @@ class Llama:
 
         return attend
 
-    def _run(self, stack: Stack[Any], tokens: Tensor, positions: Tensor, rows: Tensor, attend: Attend) -> Tensor:
+    def _run(self, tokens: Tensor, positions: Tensor, rows: Tensor, attend: Attend) -> Tensor:
         """Compute every layer for new tokens.
 
         Args:
-            stack: The weights.
             tokens: int64 [tokens].
             positions: int64 [tokens], each token's place in its sequence.
             rows: int64 [tokens], each token's row in `_cache_rows` counted from `_first_rows`.
@@ -508,7 +461,7 @@ class Llama:
         rotation = self._rotary[positions].unsqueeze(1)
         written = (rows[:, None] + self._first_rows).flatten()
         hidden = F.embedding(tokens, self._embedding)
-        for index, layer in enumerate(stack.layers):
+        for index, layer in enumerate(self._stack.layers):
             heads = layer.qkv(layer.attention_norm(hidden)).view(count, -1, config.head_dim)
             _rotate(heads[:, :keys], rotation)
             self._cache_rows[index].index_copy_(0, written, heads[:, queries:].reshape(-1, config.head_dim))
@@ -517,22 +470,9 @@ class Llama:
             hidden += layer.down(F.silu(gate).mul_(up))
         return hidden
 
-    def _logits(self, stack: Stack[Any], hidden: Tensor) -> Tensor:
-        logits: Tensor = stack.head(stack.norm(hidden))
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self._stack.head(self._stack.norm(hidden))
         return logits.float()
-
-
-def best(logits: Tensor, count: int) -> Tensor:
-    """Return the indices of each row's `count` greatest values, int64 [rows, count], in no order.
-
-    They lie in the blocks with the `count` greatest maxima; the library's own search takes ten times as long.
-    """
-    padded = F.pad(logits, (0, -logits.shape[1] % _BLOCK), value=-math.inf) if logits.shape[1] % _BLOCK else logits
-    blocks = padded.view(len(logits), -1, _BLOCK)
-    count_of_blocks = min(count, blocks.shape[1])
-    chosen = blocks.amax(-1).topk(count_of_blocks).indices
-    inside = blocks.gather(1, chosen.unsqueeze(-1).expand(-1, -1, _BLOCK)).flatten(1).topk(count).indices
-    return chosen.gather(1, inside // _BLOCK) * _BLOCK + inside % _BLOCK
 
 
 def _rotate(heads: Tensor, rotation: Tensor) -> None:

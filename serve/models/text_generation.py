@@ -71,15 +71,10 @@ class _Stream:
         self.tokens = list(prepared.prompt)
         self.reading = True
         self.cached = 0  # tokens in the cache
-        self.exact = 0  # of those, how many from the start `prefill` has read
         self.overflowed = False  # the cache may hold what is no number
         self.sampler = Sampler(prepared.settings)
         self._prompt_tokens, self._limit = len(prepared.prompt), len(prepared.prompt) + limit
         self._decoder, self._stops = decoder, StopStrings(prepared.settings.stop)
-
-    def read_again(self) -> None:
-        """Go back to where `prefill` had read."""
-        self.reading, self.cached = True, self.exact
 
     def take(self, token: int, *, ends: bool) -> Step:
         """Add a token and return what it shows; one that `ends` the sequence is no part of the answer."""
@@ -222,20 +217,16 @@ class TextGeneration:
         return steps
 
     def _decode(self, streams: Sequence[_Stream]) -> list[Step]:
-        decoded = self._llama.decode(
+        rows = self._llama.decode(
             [stream.tokens[-1] for stream in streams],
             slots=[stream.slot for stream in streams],
             starts=[stream.cached for stream in streams],
         )
-        steps = []
-        _note_overflows(streams, decoded.logits, decoded.likeliest)
-        for stream, logits, token, sure in zip(streams, decoded.logits, decoded.likeliest, decoded.sure, strict=True):
+        likeliest = rows.argmax(-1).tolist()
+        _note_overflows(streams, rows, likeliest)
+        for stream in streams:
             stream.cached += 1
-            if stream.sampler.greedy and not sure:
-                stream.read_again()
-            else:
-                steps.append(self._advance(stream, logits, token))
-        return steps
+        return [self._advance(*one) for one in zip(streams, rows, likeliest, strict=True)]
 
     def _read(self) -> Iterator[Step]:
         """Read on in the streams that are not read yet, and give each that is through its next token."""
@@ -252,7 +243,7 @@ class TextGeneration:
         likeliest = rows.argmax(-1).tolist()
         _note_overflows([stream for stream, _ in pieces], rows, likeliest)
         for (stream, piece), logits, token in zip(pieces, rows, likeliest, strict=True):
-            stream.cached = stream.exact = piece.start + len(piece.tokens)
+            stream.cached = piece.start + len(piece.tokens)
             stream.reading = stream.cached < len(stream.tokens)
             if stream.overflowed or not stream.reading:
                 yield self._advance(stream, logits, token)

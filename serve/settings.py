@@ -78,6 +78,14 @@ class Settings(BaseModel):
         except ValidationError as error:
             raise SpecError("\n".join(map(_line, error.errors(include_url=False)))) from error
 
+    def as_environment(self) -> dict[str, str]:
+        """Return the variables that `from_environment` reads these settings from, for other processes."""
+        return {
+            PREFIX + field.upper(): ",".join(value) if isinstance(value, tuple) else str(value)
+            for field, value in self.model_dump().items()
+            if value is not None
+        }
+
     @field_validator("host")
     @classmethod
     def _is_ipv4(cls, host: str) -> str:

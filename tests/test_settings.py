@@ -98,3 +98,10 @@ def test_every_wrong_variable_is_told_at_once():
 def test_settings_do_not_change():
     with pytest.raises(ValidationError):
         Settings().port = 1
+
+
+def test_settings_travel_to_other_processes_by_the_environment():
+    settings = Settings.from_environment(
+        {"ROUNDHOUSE_PORT": "9000", "ROUNDHOUSE_ALLOWED_HOSTS": "a.test,b.test", "ROUNDHOUSE_OFFLINE": "true"}
+    )
+    assert Settings.from_environment(settings.as_environment()) == settings

@@ -27,6 +27,7 @@ class ModelStatus:
         max_request_bytes: Bytes that a body may have.
         request: A body that `POST /v2/models/<name>/infer` answers, where one is known; the documents show it.
         version: As `version_of` gives it.
+        changing: Whether replicas of a changed declaration are on their way, while those before answer.
     """
 
     name: str
@@ -40,6 +41,7 @@ class ModelStatus:
     max_request_bytes: int = 32 * 2**20
     request: Mapping[str, Any] | None = None
     version: str = "1"
+    changing: bool = False
 
     @property
     def ready(self) -> bool:

@@ -70,7 +70,7 @@ class Board:
         if was == now:
             return
         self._last[model.name] = now
-        if was is None or was[0] != model.phase:
+        if was is None or was[0] != model.phase or (settled(model) and model.message):
             if model.phase == "ready":
                 self._ready_after_s[model.name] = self.elapsed_s()
             detail = f": {model.message}" if model.message else ""
@@ -95,7 +95,7 @@ class Board:
 
 def settled(model: ModelStatus) -> bool:
     """Return whether nothing more will happen to the model by itself."""
-    return model.phase in ("ready", "failed")
+    return model.phase in ("ready", "failed") and not model.changing
 
 
 def time_spent(steps: Mapping[str, float], replicas: Mapping[str, Mapping[str, float]]) -> str:

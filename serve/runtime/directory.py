@@ -15,8 +15,8 @@ from typing import Any
 import ray.serve as ray_serve
 
 from serve.api.directory import ModelStatus, version_of
+from serve.applications import application_name
 from serve.runtime import phases
-from serve.runtime.replica import application_name
 
 logger = logging.getLogger("ray.serve")
 
@@ -61,6 +61,14 @@ def ask() -> list[ModelStatus]:
     return models
 
 
+def ask_or_keep() -> None:
+    """Ask as `ask` does; where Ray does not tell, log it and leave what was published."""
+    try:
+        ask()
+    except Exception:
+        logger.exception("Ray does not tell how the models are; what was known stays.")
+
+
 def model_status(
     entry: dict[str, Any],
     application: ray_serve.schema.ApplicationStatusOverview | None,
@@ -68,6 +76,7 @@ def model_status(
 ) -> ModelStatus:
     """Fold what was declared, what Ray says and what a replica last said into one status (pure)."""
     running = target = 0
+    changing = False
     phase, message = "queued", "waiting for a replica"
     if application is not None:
         for deployment in application.deployments.values():
@@ -75,6 +84,9 @@ def model_status(
             target += sum(deployment.replica_states.values())
         if running:
             phase, message = "ready", ""
+            changing = application.status == "DEPLOYING"
+            if application.status == "DEPLOY_FAILED":
+                message = f"its change failed, and what was before answers: {_why(application, last)}"
         elif application.status == "DEPLOY_FAILED":
             phase, message = "failed", application.message
         elif application.status == "UNHEALTHY":
@@ -100,7 +112,12 @@ def model_status(
         max_request_bytes=entry["limits"]["max_request_bytes"],
         request=last.request if last else None,
         version=version_of(entry["revision"]),
+        changing=changing,
     )
+
+
+def _why(application: ray_serve.schema.ApplicationStatusOverview, last: phases.ReplicaPhase | None) -> str:
+    return last.message if last is not None and last.phase == "failed" else str(application.message)
 
 
 def progress(last: phases.ReplicaPhase) -> str:

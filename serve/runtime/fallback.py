@@ -12,8 +12,8 @@ from starlette.middleware import Middleware
 
 from serve.api.gateway_app import build_gateway_app
 from serve.api.wire import Receive, Scope, Send
-from serve.runtime import phases
 from serve.runtime.directory import RayDirectory
+from serve.settings import Settings
 
 
 class Fallback:
@@ -21,7 +21,7 @@ class Fallback:
 
     def __init__(self, app: object) -> None:
         self._ray = app
-        settings = phases.platform_settings()
+        settings = Settings.from_environment()
         self._gateway = build_gateway_app(
             RayDirectory(), settings=settings, base_url=settings.url, watch_disconnect=True
         )

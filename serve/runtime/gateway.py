@@ -2,37 +2,68 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from typing import Any
+
 import ray.serve as ray_serve
 from fastapi import FastAPI
 
 from serve.api.gateway_app import build_gateway_app
-from serve.runtime.directory import RayDirectory
+from serve.applications import GATEWAY, MAX_ONGOING_REQUESTS
+from serve.runtime import directory, phases
 from serve.runtime.ingress import take_over
 from serve.settings import Settings
 
-APPLICATION = "gateway"
+_ASK_S = 2.0
 
 
 @ray_serve.ingress()
 class Gateway:
-    """The gateway's replica."""
+    """The gateway's replica.
 
-    def __init__(self, settings: str) -> None:
-        own = Settings.model_validate_json(settings)
-        self._app = build_gateway_app(RayDirectory(), settings=own, base_url=own.url)
+    Where a driver stays, as under `roundhouse up`, that declares the models and asks Ray for their state. A cluster has
+    none: there the declared models come as Ray's `user_config`, which changes no process, and the gateway asks.
+    """
+
+    def __init__(self) -> None:
+        settings = Settings.from_environment()
+        self._app = build_gateway_app(directory.RayDirectory(), settings=settings, base_url=settings.url)
+        self._asks = False
         take_over(lambda: self._app)
+
+    def reconfigure(self, declared: dict[str, Any]) -> None:
+        """Take the declared models over (called by Ray with a cluster's `user_config`)."""
+        models = declared["models"]
+        names = {model["name"] for model in models}
+        for model in phases.declared():
+            if model["name"] not in names:
+                phases.forget(model["name"])
+        phases.declare(models)
+        if not self._asks:
+            self._asks = True
+            threading.Thread(target=self._ask, name="asker", daemon=True).start()
+
+    def _ask(self) -> None:
+        while True:
+            directory.ask_or_keep()
+            time.sleep(_ASK_S)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
 
 
-def build_gateway(settings: Settings) -> ray_serve.Application:
-    """Return the gateway's Ray Serve application."""
-    deployment = ray_serve.deployment(
-        name="gateway",
+def build_gateway(*, log_level: str) -> ray_serve.Application:
+    """Return the gateway's application for `roundhouse up`."""
+    return ray_serve.deployment(
+        name=GATEWAY,
         num_replicas=1,
-        max_ongoing_requests=100_000,
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": 0},
-        logging_config={"enable_access_log": False, "log_level": settings.log_level.upper()},
-    )(Gateway)
-    return deployment.bind(settings.model_dump_json())
+        logging_config={"enable_access_log": False, "log_level": log_level.upper()},
+    )(Gateway).bind()
+
+
+def cluster_application(args: dict[str, str]) -> ray_serve.Application:  # noqa: ARG001 - Ray passes them
+    """Return the gateway's application from a Ray Serve config, which says the options of the deployment itself."""
+    return ray_serve.deployment(name=GATEWAY, ray_actor_options={"num_cpus": 0})(Gateway).bind()

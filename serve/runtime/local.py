@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 
+from serve.applications import ENVIRONMENT, GATEWAY, application_name, gateway_entry, route_prefix
 from serve.errors import RoundhouseError
 from serve.models import module_of
 from serve.runtime import fork_server
@@ -66,11 +67,7 @@ def ray_environment(folder: Path, *, ports: Sequence[int], hard_stop_s: float) -
             finish what it has.
     """
     metrics, stats, fallback_http, fallback_grpc, replicas = ports
-    front = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.runtime.fallback:middlewares"} if has_haproxy() else {}
-    return {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1" if has_haproxy() else "0",
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+    own = {
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replicas),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(min(replicas + 900, 65535)),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_http),
@@ -85,9 +82,6 @@ def ray_environment(folder: Path, *, ports: Sequence[int], hard_stop_s: float) -
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(hard_stop_s)),
-        # Ten rounds of the controller a second are half of what an idle platform uses; three are as good to a person.
-        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
-        "RAY_USAGE_STATS_ENABLED": "0",
         # Ray's own counters have no reader here; gathering them is a tenth of what an idle platform uses.
         "RAY_enable_metrics_collection": "0",
         # Workers that Ray starts ahead belong to no driver yet, and could not be forked from one that does.
@@ -95,19 +89,13 @@ def ray_environment(folder: Path, *, ports: Sequence[int], hard_stop_s: float) -
         "RAY_prestart_worker_first_driver": "0",
         "RAY_raylet_start_wait_time_s": "120",
         # Every process of this run, the fork server first, must find the same token from its beginning.
-        "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
-        "RAY_DEDUP_LOGS": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        # A replica raises its own thread count to what its model declares; everything else needs one.
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        # glibc would give large buffers back after each batch and fault them in again for the next.
-        "MALLOC_MMAP_THRESHOLD_": str(2**30),
-        "MALLOC_TRIM_THRESHOLD_": str(2**33),
-        "MALLOC_TOP_PAD_": str(2**26),
-        **front,
     }
+    if has_haproxy():
+        return ENVIRONMENT | own
+    direct = ENVIRONMENT | {"RAY_SERVE_ENABLE_HA_PROXY": "0"} | own
+    del direct["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"]
+    return direct
 
 
 class Platform:
@@ -144,6 +132,7 @@ class Platform:
         require_free_port(self._settings.host, self._settings.port)
         self._folder = Path(tempfile.mkdtemp(prefix="rh-", dir="/tmp"))
         (self._folder / "token").write_text(secrets.token_hex(32))
+        os.environ.update(self._settings.as_environment())
         os.environ.update(ray_environment(self._folder, ports=_free_ports(5), hard_stop_s=_drain_s(specs)))
         if _CAN_FORK:
             fork_server.start(self._folder, modules=list(dict.fromkeys(module_of(spec.task) for spec in specs)))
@@ -188,11 +177,10 @@ class Platform:
         import ray.serve as ray_serve
 
         from serve.runtime import phases
-        from serve.runtime.gateway import APPLICATION, build_gateway
+        from serve.runtime.gateway import build_gateway
 
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         phases.declare([])
-        phases.publish_settings(self._settings)
         quiet = {"log_level": "WARNING", "enable_access_log": False}
         # HAProxy reaches what is behind it on this machine, wherever it listens itself.
         host = "127.0.0.1" if has_haproxy() else self._settings.host
@@ -201,7 +189,9 @@ class Platform:
             http_options={"host": host, "port": self._settings.port, "keep_alive_timeout_s": 120},
             logging_config=quiet,
         )
-        self._run(ray_serve.RunTarget(build_gateway(self._settings), name=APPLICATION, route_prefix="/"))
+        self._run(
+            ray_serve.RunTarget(build_gateway(log_level=self._settings.log_level), name=GATEWAY, route_prefix="/")
+        )
 
     def _run(self, *targets: Any) -> None:
         import ray.serve as ray_serve
@@ -220,16 +210,11 @@ class Platform:
         import ray.serve as ray_serve
 
         from serve.runtime import phases
-        from serve.runtime.replica import application_name, build_application, route_prefix
+        from serve.runtime.replica import build_application
 
         changes = diff(self._running, specs)
         changes = Changes(changes.deploy[:at_most], changes.remove)
-        phases.declare(
-            [
-                spec.model_dump(mode="json", include={"name", "task", "description", "limits", "revision"})
-                for spec in specs
-            ]
-        )
+        phases.declare([gateway_entry(spec) for spec in specs])
         for name in changes.remove:
             ray_serve.delete(application_name(name), _blocking=False)
             phases.forget(name)
@@ -237,7 +222,7 @@ class Platform:
         targets = []
         for spec in changes.deploy:
             phases.forget(spec.name)
-            application = build_application(spec, settings=self._settings, base_dir=base_dir)
+            application = build_application(spec, base_dir=base_dir, log_level=self._settings.log_level)
             targets.append(
                 ray_serve.RunTarget(application, name=application_name(spec.name), route_prefix=route_prefix(spec.name))
             )

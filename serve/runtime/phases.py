@@ -16,11 +16,9 @@ from ray.experimental.internal_kv import (
 )
 
 from serve.api.directory import ModelStatus
-from serve.settings import Settings
 
 _NAMESPACE = b"roundhouse"
 _DECLARED = b"declared"
-_SETTINGS = b"settings"
 _STATUSES = b"statuses"
 
 
@@ -94,16 +92,6 @@ def published() -> list[ModelStatus]:
     """Return what `publish` published last."""
     value = _internal_kv_get(_STATUSES, namespace=_NAMESPACE)
     return [ModelStatus(**told) for told in json.loads(value)] if value else []
-
-
-def publish_settings(settings: Settings) -> None:
-    """Publish the platform's settings, for processes that Ray starts without arguments of ours."""
-    _internal_kv_put(_SETTINGS, settings.model_dump_json().encode(), overwrite=True, namespace=_NAMESPACE)
-
-
-def platform_settings() -> Settings:
-    """Return what `publish_settings` published."""
-    return Settings.model_validate_json(_internal_kv_get(_SETTINGS, namespace=_NAMESPACE))
 
 
 class PhaseReporter:

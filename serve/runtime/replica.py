@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 from serve.api.documents import infer_example
 from serve.api.model_app import build_model_app
+from serve.applications import DEPLOYMENT, deployment_options, replica_options
 from serve.host import Host, Phase
 from serve.runtime.ingress import take_over
 from serve.runtime.phases import PhaseReporter
@@ -22,31 +23,18 @@ from serve.spec import ModelSpec
 # The event loop and the model's thread share the GIL; a shorter turn lets the model's next operation start sooner.
 SWITCH_INTERVAL_S = 0.0005
 
-# The Host bounds its queue in items and bytes and answers 429 itself; Ray's own bound would answer without a reason.
-MAX_ONGOING_REQUESTS = 100_000
-
 _LONGEST_EXAMPLE = 2000  # characters that people still paste
-
-
-def application_name(model: str) -> str:
-    """Return the name of a model's Ray Serve application."""
-    return f"model-{model}"
-
-
-def route_prefix(model: str) -> str:
-    """Return where a model's application is mounted."""
-    return f"/v2/models/{model}"
 
 
 @ray_serve.ingress()
 class ModelReplica:
     """A replica: loads its model, then answers; Ray takes it into routing once the constructor has returned."""
 
-    async def __init__(self, spec: str, settings: str, base_dir: str) -> None:  # type: ignore[misc]
+    async def __init__(self, spec: str, base_dir: str) -> None:  # type: ignore[misc]
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         take_over(lambda: self._app)
         self._spec = ModelSpec.model_validate_json(spec)
-        self._settings = Settings.model_validate_json(settings)
+        self._settings = Settings.from_environment()
         say = PhaseReporter(self._spec.name, ray_serve.get_replica_context().replica_tag)
         say("starting", "importing")
         self._host = Host(self._spec, settings=self._settings, base_dir=Path(base_dir))
@@ -81,44 +69,22 @@ class ModelReplica:
             await self._host.close()
 
 
-def build_application(spec: ModelSpec, *, settings: Settings, base_dir: Path) -> ray_serve.Application:
+def build_application(spec: ModelSpec, *, base_dir: Path, log_level: str) -> ray_serve.Application:
     """Return a model's Ray Serve application; nothing runs until it is deployed.
 
     Args:
         base_dir: Folder against which a relative `file:` source is resolved.
     """
-    options: dict[str, Any] = {
-        "name": "model",
-        "max_ongoing_requests": MAX_ONGOING_REQUESTS,
-        "max_constructor_retry_count": 1,
-        "health_check_period_s": 10,
-        "graceful_shutdown_timeout_s": max(10.0, spec.deadline_ms / 1000),
-        "ray_actor_options": actor_options(spec),
-        "logging_config": {"enable_access_log": False, "log_level": settings.log_level.upper()},
-    }
-    scaling = spec.scaling
-    if scaling.min_replicas == scaling.max_replicas:
-        options["num_replicas"] = scaling.min_replicas
-    else:
-        options["autoscaling_config"] = {
-            "min_replicas": scaling.min_replicas,
-            "max_replicas": scaling.max_replicas,
-            "target_ongoing_requests": scaling.target_ongoing_requests,
-        }
-    deployment = ray_serve.deployment(**options)(ModelReplica)
-    return deployment.bind(
-        json.dumps(spec.model_dump(mode="json", by_alias=True)), settings.model_dump_json(), str(base_dir)
-    )
+    options = deployment_options(spec) | replica_options(spec)
+    options["logging_config"] = {"enable_access_log": False, "log_level": log_level.upper()}
+    deployment = ray_serve.deployment(max_constructor_retry_count=1, **options)(ModelReplica)
+    return deployment.bind(json.dumps(spec.model_dump(mode="json", by_alias=True)), str(base_dir))
 
 
-def actor_options(spec: ModelSpec) -> dict[str, Any]:
-    """Return what one replica asks of Ray's scheduler.
+def cluster_application(args: dict[str, str]) -> ray_serve.Application:
+    """Return a model's application from a Ray Serve config, which says the options of the deployment itself.
 
-    No runtime_env: with one, Ray could not give the replica a process that it has started ahead.
+    Args:
+        args: `spec`, a model's declaration in JSON.
     """
-    options: dict[str, Any] = {"num_cpus": spec.resources.cpus}
-    if spec.resources.gpus:
-        options["num_gpus"] = spec.resources.gpus
-    if spec.resources.memory:
-        options["memory"] = spec.resources.memory
-    return options
+    return ray_serve.deployment(name=DEPLOYMENT, max_constructor_retry_count=1)(ModelReplica).bind(args["spec"], "/")

@@ -120,12 +120,26 @@ def test_the_documents_show_a_request_that_it_answers(platform: Running):
 
 def test_an_edit_changes_only_its_model(platform: Running):
     _, one_before = answer(platform.url, "one")
-    with Load(platform.url, "one") as load:
+    with Load(platform.url, "one") as other, Load(platform.url, "two") as own:
         platform.declaration.write_text("models:\n" + entry("one") + entry("two", more=", arguments: {factor: 3}"))
         wait_until(lambda: answered(platform.url, "two") == [3, 6])
     values, one_after = answer(platform.url, "one")
     assert (values, one_after) == ([2, 4], one_before)
+    assert set(other.statuses) == {200}
+    assert set(own.statuses) == {200}
+
+
+def test_an_edit_that_fails_leaves_what_was_before(platform: Running):
+    before = platform.declaration.read_text()
+    values, pid = answer(platform.url, "two")
+    with Load(platform.url, "two") as load:
+        platform.declaration.write_text("models:\n" + entry("one") + entry("two", "Broken"))
+        wait_until(lambda: "two ready: its change failed" in platform.log.read_text())
+    assert "its weights are garbage" in platform.log.read_text()
     assert set(load.statuses) == {200}
+    assert answer(platform.url, "two") == (values, pid)
+    platform.declaration.write_text(before)
+    wait_until(lambda: all(not found.get("message") for found in platform.index()))
 
 
 def test_a_wrong_edit_changes_nothing(platform: Running):

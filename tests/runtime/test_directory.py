@@ -45,6 +45,18 @@ def test_a_request_that_a_replica_tells_is_shown():
         (application("DEPLOYING", STARTING=1), said("ready"), "warming", "routing"),
         (application("RUNNING", RUNNING=1), said("ready"), "ready", ""),
         (application("DEPLOYING", RUNNING=1, STARTING=1), said("loading"), "ready", ""),
+        (
+            application("DEPLOY_FAILED", "why", RUNNING=1),
+            None,
+            "ready",
+            "change failed, and what was before answers: why",
+        ),
+        (
+            application("DEPLOY_FAILED", "a traceback", RUNNING=1),
+            said("failed", "its sentence"),
+            "ready",
+            "its sentence",
+        ),
         (application("DEPLOY_FAILED", "why"), None, "failed", "why"),
         (application("DEPLOY_FAILED", "a traceback"), said("failed", "its sentence"), "failed", "its sentence"),
         (application("UNHEALTHY", STARTING=1), said("ready"), "starting", "another is on its way"),
@@ -56,6 +68,12 @@ def test_a_models_state(ray: Any, last: ReplicaPhase | None, phase: str, message
     assert status.phase == phase
     assert message in status.message
     assert status.max_request_bytes == 7
+
+
+def test_a_change_on_its_way_is_told_apart_from_being_ready():
+    assert model_status(ENTRY, application("DEPLOYING", RUNNING=1, STARTING=1), said("loading")).changing
+    assert not model_status(ENTRY, application("RUNNING", RUNNING=1), said("ready")).changing
+    assert not model_status(ENTRY, application("DEPLOYING", STARTING=1), said("loading")).changing
 
 
 def test_replicas_are_counted():

@@ -1,0 +1,139 @@
+"""What Ray Serve is told of models, as plain values, so that a laptop and a cluster tell it the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from serve.spec import ModelSpec
+
+GATEWAY = "gateway"
+DEPLOYMENT = "model"
+
+# The Host bounds its queue in items and bytes and answers 429 itself; Ray's own bound would answer without a reason.
+MAX_ONGOING_REQUESTS = 100_000
+
+_MODEL_PREFIX = "model-"
+_SHORTEST_GRACE_S = 10.0
+
+#: What Ray and Ray Serve read from the environment of every node, beside what differs between machines.
+ENVIRONMENT = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+    # The gateway's application stands in the proxy that answers for what has no replica.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.runtime.fallback:middlewares",
+    # Ten rounds of the controller a second are half of what an idle platform uses; three are as good to a person.
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # A replica raises its own thread count to what its model declares; everything else needs one.
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # glibc would give large buffers back after each batch and fault them in again for the next.
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**33),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
+
+
+def application_name(model: str) -> str:
+    """Return the name of a model's Ray Serve application."""
+    return f"{_MODEL_PREFIX}{model}"
+
+
+def model_of(application: str) -> str | None:
+    """Return the model whose application this is; None for the gateway's and for what is not ours."""
+    return application.removeprefix(_MODEL_PREFIX) if application.startswith(_MODEL_PREFIX) else None
+
+
+def route_prefix(model: str) -> str:
+    """Return where a model's application is mounted."""
+    return f"/v2/models/{model}"
+
+
+def deployment_options(spec: ModelSpec) -> dict[str, Any]:
+    """Return the options of a model's one deployment but its number of replicas.
+
+    No runtime_env: with one, Ray could not give the replica a process that it has started ahead.
+    """
+    actor: dict[str, Any] = {"num_cpus": spec.resources.cpus}
+    if spec.resources.gpus:
+        actor["num_gpus"] = spec.resources.gpus
+    if spec.resources.memory:
+        actor["memory"] = spec.resources.memory
+    return {
+        "name": DEPLOYMENT,
+        "max_ongoing_requests": MAX_ONGOING_REQUESTS,
+        "health_check_period_s": 10,
+        # A replica that replaces another answers before the old one goes, and one that fails leaves it in place.
+        # A GPU that is full has no room for both: the new one would wait for ever.
+        "max_surge_percent": 0 if spec.resources.gpus else 100,
+        "graceful_shutdown_timeout_s": max(_SHORTEST_GRACE_S, spec.deadline_ms / 1000),
+        "ray_actor_options": actor,
+    }
+
+
+def replica_options(spec: ModelSpec) -> dict[str, Any]:
+    """Return how many replicas a model's deployment has; changing them restarts none that stays."""
+    scaling = spec.scaling
+    if scaling.min_replicas == scaling.max_replicas:
+        return {"num_replicas": scaling.min_replicas}
+    return {
+        "autoscaling_config": {
+            "min_replicas": scaling.min_replicas,
+            "max_replicas": scaling.max_replicas,
+            "target_ongoing_requests": scaling.target_ongoing_requests,
+        }
+    }
+
+
+def gateway_entry(spec: ModelSpec) -> dict[str, Any]:
+    """Return what the gateway has to know of a declared model, in JSON values."""
+    return spec.model_dump(mode="json", include={"name", "task", "description", "limits", "revision"})
+
+
+def serve_config(
+    specs: Sequence[ModelSpec], *, gateway_replicas: int = 1, log_level: str = "WARNING"
+) -> dict[str, Any]:
+    """Return a whole Ray Serve config (the body of `PUT /api/serve/applications/`, and KubeRay's `serveConfigV2`).
+
+    What changes of a model's replicas alone is kept out of its application's arguments: Ray restarts every replica of
+    an application whose arguments differ, and none where only their number does.
+    """
+    quiet = {"enable_access_log": False, "log_level": log_level}
+    gateway = {
+        "name": GATEWAY,
+        "route_prefix": "/",
+        "import_path": "serve.runtime.gateway:cluster_application",
+        "args": {},
+        "deployments": [
+            {
+                "name": GATEWAY,
+                "num_replicas": gateway_replicas,
+                "max_ongoing_requests": MAX_ONGOING_REQUESTS,
+                "user_config": {"models": [gateway_entry(spec) for spec in specs]},
+                "logging_config": quiet,
+            }
+        ],
+    }
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": "0.0.0.0", "port": 8000, "keep_alive_timeout_s": 120},  # noqa: S104 - a pod's own network
+        "logging_config": quiet,
+        "applications": [gateway, *(_model_application(spec, quiet) for spec in specs)],
+    }
+
+
+def _model_application(spec: ModelSpec, logging: dict[str, Any]) -> dict[str, Any]:
+    declared = json.dumps(spec.model_dump(mode="json", by_alias=True, exclude={"scaling"}), sort_keys=True)
+    return {
+        "name": application_name(spec.name),
+        "route_prefix": route_prefix(spec.name),
+        "import_path": "serve.runtime.replica:cluster_application",
+        "args": {"spec": declared},
+        "deployments": [deployment_options(spec) | replica_options(spec) | {"logging_config": logging}],
+    }

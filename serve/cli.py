@@ -192,6 +192,22 @@ def _down(options: argparse.Namespace) -> int:
     return OK
 
 
+def _drain_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--head", required=True, metavar="HOST:PORT", help="Ray's control store")
+    parser.add_argument("--node-ip", required=True, metavar="IP", help="this node's address, as given to `ray start`")
+    parser.add_argument("--deadline-s", type=float, default=60.0, metavar="S", help="default: 60")
+
+
+def _drain(options: argparse.Namespace) -> int:
+    from serve.runtime.drain import drain_node
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    drain_node(options.head, address=options.node_ip, deadline_s=options.deadline_s, say=say)
+    return OK
+
+
 def _print_json(value: object) -> None:
     import json
 
@@ -205,6 +221,7 @@ COMMANDS = (
     Command("down", "", "Drain and stop the running platform", _platform_arguments, _down),
     Command("check", "[FILE]", "Tell every problem in a declaration, or what it declares", _check_arguments, _check),
     Command("schema", "", "Print the JSON Schema of models.yaml, which editors use", _schema_arguments, _schema),
+    Command("drain-node", "", "Move the replicas of this Ray node elsewhere before it ends", _drain_arguments, _drain),
 )
 
 

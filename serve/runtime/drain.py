@@ -1,0 +1,82 @@
+"""A worker's leave: its replicas are replaced elsewhere before its pod ends, so that no request is lost with it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import psutil
+
+from serve.errors import RoundhouseError
+
+_REPLICA_TITLE = "ray::ServeReplica"
+_POLL_S = 0.5
+# The proxies of other nodes learn within this that a replica is gone.
+_LAST_REQUESTS_S = 5.0
+
+
+class DrainError(RoundhouseError):
+    """The node could not be drained; the message says the likely fix."""
+
+
+def drain_node(head: str, *, address: str, deadline_s: float, say: Callable[[str], None]) -> None:
+    """Have Ray place this node's replicas elsewhere, and return when none is left here, or at the deadline.
+
+    Args:
+        head: `host:port` of Ray's control store.
+        address: This node's, as Ray knows it.
+        deadline_s: Seconds after which Ray takes the node for lost.
+
+    Raises:
+        DrainError: Ray does not answer, does not know the node, or refuses.
+    """
+    ends = time.monotonic() + deadline_s
+    _ask_to_drain(head, address, deadline_s)
+    say(f"{address} is draining; at most {deadline_s:g} s")
+    left: int | None = None
+    while time.monotonic() < ends:
+        count = len(replicas_here())
+        if count != left:
+            left = count
+            say(f"{left} replica{'' if left == 1 else 's'} left")
+        if not left:
+            time.sleep(min(_LAST_REQUESTS_S, max(0.0, ends - time.monotonic())))
+            return
+        time.sleep(_POLL_S)
+    say(f"the deadline has passed, and {left} are left")
+
+
+def replicas_here() -> list[int]:
+    """Return the process ids of the replicas on this machine, or in this container."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"]
+        if words and words[0].startswith(_REPLICA_TITLE):
+            found.append(process.pid)
+    return found
+
+
+def _ask_to_drain(head: str, address: str, deadline_s: float) -> None:
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.core.generated import autoscaler_pb2, gcs_pb2
+
+    alive = gcs_pb2.GcsNodeInfo.GcsNodeState.ALIVE
+    try:
+        client = GcsClient(address=head)
+        nodes = [
+            node.node_id.hex()
+            for node in client.get_all_node_info().values()
+            if node.node_manager_address == address and node.state == alive
+        ]
+    except Exception as error:
+        raise DrainError(f"Ray's control store at {head} does not answer: {error}") from error
+    if not nodes:
+        raise DrainError(
+            f"Ray has no node that is alive at {address}; --node-ip takes the address given to `ray start`"
+        )
+    reason = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+    deadline_ms = int((time.time() + deadline_s) * 1000)
+    for node in nodes:
+        accepted, why = client.drain_node(node, reason, "its pod is being ended", deadline_ms)
+        if not accepted:
+            raise DrainError(f"Ray does not drain {address}: {why}")

@@ -144,7 +144,7 @@ class SileroVad:
         lengths = np.array([len(gates[index]) for index in order])
         hidden = np.zeros((len(gates), _UNITS), np.float32)
         cell = np.zeros_like(hidden)
-        states = np.empty((lengths[0], len(gates), _UNITS), np.float32)
+        states = np.zeros((lengths[0], len(gates), _UNITS), np.float32)
         for step in range(lengths[0]):
             running = int(np.searchsorted(-lengths, -step))
             added = np.stack([gates[index][step] for index in order[:running]])

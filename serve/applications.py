@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from serve.spec import ModelSpec
@@ -97,12 +97,19 @@ def gateway_entry(spec: ModelSpec) -> dict[str, Any]:
 
 
 def serve_config(
-    specs: Sequence[ModelSpec], *, gateway_replicas: int = 1, log_level: str = "WARNING"
+    specs: Sequence[ModelSpec],
+    *,
+    gateway_replicas: int = 1,
+    log_level: str = "WARNING",
+    attempts: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Return a whole Ray Serve config (the body of `PUT /api/serve/applications/`, and KubeRay's `serveConfigV2`).
 
     What changes of a model's replicas alone is kept out of its application's arguments: Ray restarts every replica of
     an application whose arguments differ, and none where only their number does.
+
+    Args:
+        attempts: Of models that failed to start, which attempt this is; a higher one makes Ray try again.
     """
     quiet = {"enable_access_log": False, "log_level": log_level}
     gateway = {
@@ -124,16 +131,34 @@ def serve_config(
         "proxy_location": "EveryNode",
         "http_options": {"host": "0.0.0.0", "port": 8000, "keep_alive_timeout_s": 120},  # noqa: S104 - a pod's own network
         "logging_config": quiet,
-        "applications": [gateway, *(_model_application(spec, quiet) for spec in specs)],
+        "applications": [
+            gateway,
+            *(_model_application(spec, quiet, (attempts or {}).get(spec.name)) for spec in specs),
+        ],
     }
 
 
-def _model_application(spec: ModelSpec, logging: dict[str, Any]) -> dict[str, Any]:
+def _model_application(spec: ModelSpec, logging: dict[str, Any], attempt: int | None) -> dict[str, Any]:
     declared = json.dumps(spec.model_dump(mode="json", by_alias=True, exclude={"scaling"}), sort_keys=True)
     return {
         "name": application_name(spec.name),
         "route_prefix": route_prefix(spec.name),
         "import_path": "serve.runtime.replica:cluster_application",
-        "args": {"spec": declared},
+        "args": {"spec": declared} | ({"attempt": str(attempt)} if attempt else {}),
         "deployments": [deployment_options(spec) | replica_options(spec) | {"logging_config": logging}],
     }
+
+
+def declared_in(application: Mapping[str, Any]) -> ModelSpec:
+    """Return the model that an application of a Ray Serve config was made of.
+
+    Raises:
+        ValueError: It is not of this module's making.
+    """
+    spec = json.loads(application["args"]["spec"])
+    deployment = application["deployments"][0]
+    scaling = deployment.get("autoscaling_config") or {}
+    count = deployment.get("num_replicas")
+    bounds = scaling or {"min_replicas": count, "max_replicas": count}
+    kept = {key: bounds[key] for key in ("min_replicas", "max_replicas", "target_ongoing_requests") if key in bounds}
+    return ModelSpec.model_validate(spec | {"scaling": kept})

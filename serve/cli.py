@@ -208,6 +208,69 @@ def _drain(options: argparse.Namespace) -> int:
     return OK
 
 
+def _cluster_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--context", metavar="NAME", help="of the kubeconfig, '' for its current one; default: the pod's"
+    )
+
+
+def _controller_arguments(parser: argparse.ArgumentParser) -> None:
+    _cluster_arguments(parser)
+    parser.add_argument("--namespace", required=True, metavar="NAME", help="whose Models it looks after")
+    parser.add_argument("--rayservice", default="", metavar="NAME", help="the RayService to write, with KubeRay")
+    parser.add_argument("--ray-url", default="", metavar="URL", help="Ray's head, http://host:8265")
+    parser.add_argument("--ray-token-file", default="", metavar="FILE", help="the Ray cluster's token")
+    parser.add_argument("--gateway-url", required=True, metavar="URL", help="where the gateway answers in the cluster")
+    parser.add_argument("--public-url", required=True, metavar="URL", help="where callers reach it, for status.url")
+    parser.add_argument("--gateway-replicas", type=int, default=1, metavar="N", help="default: 1")
+    parser.add_argument("--lease", default="roundhouse-controller", metavar="NAME", help="default: %(default)s")
+    parser.add_argument("--identity", required=True, metavar="NAME", help="of this process, such as its pod's name")
+    parser.add_argument("--health-port", type=int, default=8081, metavar="N", help="default: 8081")
+
+
+def _controller(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from serve.cluster.commands import ControllerOptions, run_controller
+
+    if bool(options.rayservice) == bool(options.ray_url and options.ray_token_file):
+        raise RoundhouseError("a controller takes either --rayservice, or --ray-url and --ray-token-file")
+    told = {name: getattr(options, name) for name in ControllerOptions.__dataclass_fields__}
+    run_controller(ControllerOptions(**told | {"ray_token_file": Path(options.ray_token_file)}))
+    return OK
+
+
+def _install_crd(options: argparse.Namespace) -> int:
+    from serve.cluster.commands import install_crd
+
+    install_crd(context=options.context)
+    print("the Model resource is installed")
+    return OK
+
+
+def _remove_arguments(parser: argparse.ArgumentParser) -> None:
+    _cluster_arguments(parser)
+    parser.add_argument("--namespace", required=True, metavar="NAME", help="whose Models are deleted")
+    parser.add_argument("--remove-crd", action="store_true", help="the Model resource as well, if no Model is left")
+    parser.add_argument("--timeout-s", type=float, default=240.0, metavar="S", help="default: 240")
+
+
+def _remove_models(options: argparse.Namespace) -> int:
+    from serve.cluster.commands import remove_models
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    gone = remove_models(
+        options.namespace,
+        context=options.context,
+        with_definition=options.remove_crd,
+        timeout_s=options.timeout_s,
+        say=say,
+    )
+    return OK if gone else FAILED
+
+
 def _print_json(value: object) -> None:
     import json
 
@@ -221,7 +284,16 @@ COMMANDS = (
     Command("down", "", "Drain and stop the running platform", _platform_arguments, _down),
     Command("check", "[FILE]", "Tell every problem in a declaration, or what it declares", _check_arguments, _check),
     Command("schema", "", "Print the JSON Schema of models.yaml, which editors use", _schema_arguments, _schema),
+)
+
+#: What the chart's pods run.
+CLUSTER_COMMANDS = (
+    Command(
+        "controller", "", "Make a Ray cluster serve what a namespace's Models say", _controller_arguments, _controller
+    ),
     Command("drain-node", "", "Move the replicas of this Ray node elsewhere before it ends", _drain_arguments, _drain),
+    Command("install-crd", "", "Apply the definition of the Model resource", _cluster_arguments, _install_crd),
+    Command("remove-models", "", "Delete a namespace's Models and wait for them", _remove_arguments, _remove_models),
 )
 
 
@@ -229,16 +301,20 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose help is one page about all the commands."""
 
     def format_help(self) -> str:
-        lines = [f"{command.name} {command.takes}".rstrip() for command in COMMANDS]
-        width = max(map(len, [*lines, "COMMAND --help"])) + 3
+        width = max(len(f"{command.name} {command.takes}") for command in (*COMMANDS, *CLUSTER_COMMANDS)) + 2
+
+        def listed(commands: Sequence[Command]) -> list[str]:
+            return [f"  roundhouse {f'{c.name} {c.takes}':<{width}}{c.summary}" for c in commands]
+
         return "\n".join(
             [
                 "Roundhouse serves many models on few GPUs, from one declaration.",
                 "",
-                *(
-                    f"  roundhouse {line:<{width}}{command.summary}"
-                    for line, command in zip(lines, COMMANDS, strict=True)
-                ),
+                *listed(COMMANDS),
+                "",
+                "What the pods of a cluster run:",
+                "",
+                *listed(CLUSTER_COMMANDS),
                 "",
                 f"  roundhouse {'COMMAND --help':<{width}}What one command takes",
                 f"  roundhouse {'--version':<{width}}Print the version",
@@ -255,7 +331,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command", metavar="COMMAND", required=True, parser_class=argparse.ArgumentParser
     )
-    for command in COMMANDS:
+    for command in (*COMMANDS, *CLUSTER_COMMANDS):
         subparser = commands.add_parser(
             command.name, prog=f"roundhouse {command.name}", description=f"{command.summary}.", allow_abbrev=False
         )
@@ -266,7 +342,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _misspelt(arguments: Sequence[str]) -> str | None:
     """Return a sentence about a first argument that is no command, or None."""
-    names = [command.name for command in COMMANDS]
+    names = [command.name for command in (*COMMANDS, *CLUSTER_COMMANDS)]
     if not arguments or arguments[0].startswith("-") or arguments[0] in names:
         return None
     import difflib

@@ -98,8 +98,11 @@ def _unreadable(path: str | Path, error: Exception) -> str:
     return next((text for kind, text in reasons.items() if isinstance(error, kind)), f"cannot be read: {error}")
 
 
-def parse_declaration(data: bytes, *, path: Path, base_dir: Path) -> Declaration:
+def parse_declaration(data: bytes, *, path: Path, base_dir: Path | None) -> Declaration:
     """Read a declaration from the bytes of the file `path`.
+
+    Args:
+        base_dir: None where the models run on other machines: a `file:` source is then not looked for, and is absolute.
 
     Raises:
         InvalidDeclaration: It holds any problem.
@@ -118,13 +121,13 @@ def parse_declaration(data: bytes, *, path: Path, base_dir: Path) -> Declaration
         models = _Check(str(path), root, base_dir, problems).run()
     if problems:
         raise InvalidDeclaration(sorted(problems, key=lambda p: (p.line or 0, p.column or 0)))
-    return Declaration(models=models, path=path, base_dir=base_dir)
+    return Declaration(models=models, path=path, base_dir=base_dir or Path("/"))
 
 
 class _Check:
     """One pass over one document: the fields, then the options, then what holds between fields, models and files."""
 
-    def __init__(self, file: str, root: Node, base_dir: Path, problems: list[Problem]) -> None:
+    def __init__(self, file: str, root: Node, base_dir: Path | None, problems: list[Problem]) -> None:
         self._problems = problems
         self._file = file
         self._root = root
@@ -186,6 +189,10 @@ class _Check:
         loc: Loc = ("models", index, "source")
         source = model.get("source")
         if not isinstance(source, str) or not self._sound(loc) or source_scheme(source) != "file":
+            return
+        if self._base_dir is None:
+            if not source.startswith("file:/"):
+                self._add(loc, f"{shorten(source)!r} is relative; on a cluster a file: source is absolute")
             return
         wanted = self._base_dir / source.partition(":")[2]
         try:

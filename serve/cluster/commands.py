@@ -1,0 +1,156 @@
+"""The controller's process and the chart's hooks, wired from what the command line says."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from serve.cluster.controller import Controller
+from serve.cluster.crd import GROUP, PLURAL, custom_resource_definition
+from serve.cluster.health import serve_health
+from serve.cluster.kube import MANAGER, Cluster, Conflict, connect
+from serve.cluster.leader import Leadership
+from serve.cluster.targets import RayServeApi, RayService, Target, token_in
+
+_DEFINITIONS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+_POLL_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerOptions:
+    """What a controller is told.
+
+    Args:
+        context: Of the kubeconfig; None in a pod.
+        rayservice: Name of the RayService that is written; empty where Ray's own API is.
+        ray_url: `http://host:8265` of the head; not used with `rayservice`.
+        ray_token_file: The cluster's token; not used with `rayservice`.
+        lease: Name of the Lease.
+        identity: Of this process.
+    """
+
+    namespace: str
+    context: str | None
+    rayservice: str
+    ray_url: str
+    ray_token_file: Path
+    gateway_url: str
+    public_url: str
+    lease: str
+    identity: str
+    health_port: int
+    gateway_replicas: int
+
+
+def run_controller(options: ControllerOptions) -> None:
+    """Run until SIGTERM or SIGINT.
+
+    Raises:
+        ApiUnavailable: There is no way to a cluster.
+    """
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    cluster = Cluster(connect(options.context), options.namespace)
+    leadership = Leadership(
+        cluster,
+        name=options.lease,
+        identity=options.identity,
+        clock=time.monotonic,
+        now=lambda: datetime.datetime.now(datetime.UTC),
+    )
+    controller = Controller(
+        cluster,
+        _target(cluster, options),
+        leadership,
+        gateway_replicas=options.gateway_replicas,
+        public_url=options.public_url,
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: controller.stop())
+    server = serve_health(controller, leads=lambda: leadership.holds, port=options.health_port)
+    controller.run()
+    server.shutdown()
+
+
+def _target(cluster: Cluster, options: ControllerOptions) -> Target:
+    if not options.rayservice:
+        token = token_in(options.ray_token_file)
+        return RayServeApi(options.ray_url, token=token, gateway_url=options.gateway_url)
+    path = f"/apis/ray.io/v1/namespaces/{options.namespace}/rayservices/{options.rayservice}"
+    named = {"apiVersion": "ray.io/v1", "kind": "RayService", "metadata": {"name": options.rayservice}}
+    how = {"fieldManager": MANAGER, "force": "true"}
+    return RayService(
+        get=lambda: cluster.call("GET", path),
+        patch=lambda part: _ignored(
+            cluster.call("PATCH", path, query=how, body=named | dict(part), kind="application/apply-patch+yaml")
+        ),
+        gateway_url=options.gateway_url,
+    )
+
+
+def _ignored(_: object) -> None:
+    return None
+
+
+def install_crd(*, context: str | None) -> None:
+    """Apply the Model resource's definition; raises ApiUnavailable."""
+    definition = custom_resource_definition()
+    Cluster(connect(context), "default").call(
+        "PATCH",
+        f"{_DEFINITIONS}/{PLURAL}.{GROUP}",
+        query={"fieldManager": MANAGER, "force": "true"},
+        body=definition,
+        kind="application/apply-patch+yaml",
+    )
+
+
+def remove_models(
+    namespace: str, *, context: str | None, with_definition: bool, timeout_s: float, say: Callable[[str], None]
+) -> bool:
+    """Delete a namespace's Models and wait until they are gone; return whether they are.
+
+    Args:
+        with_definition: Delete the resource's definition as well, unless another namespace has Models.
+
+    Raises:
+        ApiUnavailable: The API server refuses.
+    """
+    cluster = Cluster(connect(context), namespace)
+    ends = time.monotonic() + timeout_s
+    left = -1
+    while True:
+        try:
+            names = [model["metadata"]["name"] for model in cluster.list_models()[0]]
+        except Conflict:
+            return True  # the resource itself is gone
+        if not names:
+            break
+        if left < 0:
+            cluster.delete_models()
+        if len(names) != left:
+            left = len(names)
+            say(f"{left} model{'' if left == 1 else 's'} to go: {', '.join(names[:5])}{' ...' if left > 5 else ''}")
+        if time.monotonic() > ends:
+            say(f"gave up after {timeout_s:g} s; is the controller running?")
+            return False
+        time.sleep(_POLL_S)
+    say("no model is left")
+    if with_definition:
+        _remove_definition(cluster, say)
+    return True
+
+
+def _remove_definition(cluster: Cluster, say: Callable[[str], None]) -> None:
+    try:
+        others = cluster.call("GET", f"/apis/{GROUP}/v1alpha1/{PLURAL}", query={"limit": "1"})["items"]
+        if others:
+            say(f"the Model resource stays: namespace {others[0]['metadata']['namespace']} has models")
+            return
+        cluster.call("DELETE", f"{_DEFINITIONS}/{PLURAL}.{GROUP}")
+        say("the Model resource is removed")
+    except Conflict:
+        say("the Model resource was gone already")

@@ -1,0 +1,320 @@
+"""The controller: makes what runs what the Models say, again and again, from whatever state it finds."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from serve.cluster.crd import GROUP, KIND, VERSION
+from serve.cluster.kube import ApiUnavailable, Cluster, Conflict
+from serve.cluster.leader import RENEW_S, Leadership
+from serve.cluster.resource import Declared, Observed, desired, differs, is_gone, read, status_of
+from serve.cluster.targets import Target, TargetUnavailable
+
+logger = logging.getLogger("roundhouse.controller")
+
+_BUSY_S = 2.0
+_SETTLED_S = 15.0
+_LONGEST_BACKOFF_S = 60.0
+_TOLD = {"Accepted": "False", "Degraded": "True", "Ready": "True"}
+
+
+class NotLeading(Exception):
+    """Another controller acts now, or may: nothing is written."""
+
+
+class Store:
+    """The Models as the watch has told them, never an older one in place of a newer."""
+
+    def __init__(self) -> None:
+        self._models: dict[str, dict[str, Any]] = {}
+        self._read: dict[tuple[str, int, bool], Declared] = {}
+        self._lock = threading.Lock()
+        self.synced = threading.Event()
+        self.changed = threading.Event()
+
+    def replace(self, models: list[dict[str, Any]]) -> None:
+        """Take a whole list."""
+        with self._lock:
+            self._models = {model["metadata"]["name"]: model for model in models}
+        self.synced.set()
+        self.changed.set()
+
+    def put(self, model: Mapping[str, Any], *, gone: bool = False) -> None:
+        """Take one change."""
+        name = model["metadata"]["name"]
+        with self._lock:
+            known = self._models.get(name)
+            if known is not None and known["metadata"]["uid"] == model["metadata"]["uid"] and _older(model, known):
+                return
+            if gone:
+                self._models.pop(name, None)
+            else:
+                self._models[name] = dict(model)
+        self.changed.set()
+
+    def declared(self) -> list[Declared]:
+        """Return every Model, read; one that has not changed is not read again."""
+        with self._lock:
+            models = list(self._models.values())
+        found, kept = [], {}
+        for model in models:
+            metadata = model["metadata"]
+            key = (metadata["uid"], metadata.get("generation", 0), "deletionTimestamp" in metadata)
+            before = self._read.get(key)
+            fresh = read(model) if before is None else _updated(before, model)
+            kept[key] = fresh
+            found.append(fresh)
+        self._read = kept
+        return found
+
+
+def _older(model: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
+    one, other = model["metadata"]["resourceVersion"], known["metadata"]["resourceVersion"]
+    return one.isdigit() and other.isdigit() and int(one) < int(other)
+
+
+def _updated(before: Declared, model: Mapping[str, Any]) -> Declared:
+    return Declared(
+        name=before.name,
+        generation=before.generation,
+        version=model["metadata"]["resourceVersion"],
+        spec=before.spec,
+        problem=before.problem,
+        deleting=before.deleting,
+        finalizers=tuple(model["metadata"].get("finalizers", ())),
+        status=model.get("status", {}),
+        uid=before.uid,
+    )
+
+
+@dataclass(slots=True)
+class Counters:
+    """What the controller has done, for its metrics."""
+
+    passes: int = 0
+    errors: int = 0
+    applied: int = 0
+    statuses: int = 0
+    seconds: float = 0.0
+    last_turn: float = 0.0
+    phases: dict[str, int] = field(default_factory=dict)
+
+
+class Controller:
+    """One controller process.
+
+    Args:
+        cluster: Where the Models are.
+        target: Where they run.
+        leadership: Whether this process may write.
+        gateway_replicas: As in `serve_config`.
+        public_url: Of the inference service.
+        clock: Seconds, monotonic.
+        now: The time of day.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        target: Target,
+        leadership: Leadership,
+        *,
+        gateway_replicas: int,
+        public_url: str,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(datetime.UTC),
+    ) -> None:
+        self._cluster = cluster
+        self._target = target
+        self._leadership = leadership
+        self._gateway_replicas = gateway_replicas
+        self._public_url = public_url
+        self._clock = clock
+        self._now = now
+        self.store = Store()
+        self.counters = Counters()
+        self._stop = threading.Event()
+
+    # Threads
+
+    def run(self) -> None:
+        """Work until `stop`; then give the lease up."""
+        for name, work in (("watch", self.watch), ("lease", self._keep_lease)):
+            threading.Thread(target=work, name=name, daemon=True).start()
+        failures = 0
+        while not self._stop.is_set():
+            self.counters.last_turn = self._clock()
+            wait_s = _BUSY_S
+            if self.store.synced.is_set() and self._leadership.holds:
+                self.store.changed.clear()
+                try:
+                    settled = self.reconcile()
+                    wait_s, failures = (_SETTLED_S if settled else _BUSY_S), 0
+                except NotLeading:
+                    logger.warning("another controller has taken over")
+                except (ApiUnavailable, TargetUnavailable) as error:
+                    failures += 1
+                    self.counters.errors += 1
+                    wait_s = min(_LONGEST_BACKOFF_S, 2.0 ** min(failures, 6)) * random.uniform(0.5, 1.0)
+                    logger.warning("%s; trying again in %.0f s", error, wait_s)
+                    self._stop.wait(wait_s)
+                    continue
+            self._pause(wait_s)
+        try:
+            self._leadership.give_up()
+        except (ApiUnavailable, Conflict) as error:
+            logger.warning("the lease runs out by itself: %s", error)
+
+    def stop(self) -> None:
+        """Have `run` return soon."""
+        self._stop.set()
+        self.store.changed.set()
+
+    def _pause(self, seconds: float) -> None:
+        """Wait for a change, at most so long; a moment more, so that what changes together is seen together."""
+        if self.store.changed.wait(seconds):
+            self._stop.wait(0.2)
+
+    def watch(self) -> None:
+        """Keep the store up to date until `stop`."""
+        while not self._stop.is_set():
+            try:
+                models, version = self._cluster.list_models()
+                self.store.replace(models)
+                self._follow(version)
+            except Conflict:
+                continue
+            except ApiUnavailable as error:
+                logger.warning("%s; listing again", error)
+                self._stop.wait(random.uniform(1.0, 3.0))
+
+    def _follow(self, version: str) -> None:
+        while not self._stop.is_set():
+            for change in self._cluster.watch_models(version):
+                version = change.model["metadata"]["resourceVersion"]
+                if change.kind != "BOOKMARK":
+                    self.store.put(change.model, gone=change.kind == "DELETED")
+
+    def _keep_lease(self) -> None:
+        held = False
+        while not self._stop.is_set():
+            try:
+                holds = self._leadership.renew()
+            except ApiUnavailable as error:
+                holds = self._leadership.holds
+                logger.warning("the lease could not be renewed: %s", error)
+            if holds != held:
+                held = holds
+                logger.info("this controller acts" if holds else "another controller acts; waiting")
+                self.store.changed.set()
+            self._stop.wait(RENEW_S)
+
+    # One pass
+
+    def reconcile(self) -> bool:
+        """Do once what is to be done; return whether nothing more is expected to change by itself.
+
+        Raises:
+            NotLeading: Another acts; what was written so far stands, and is right.
+            ApiUnavailable, TargetUnavailable: To be tried again.
+        """
+        began = time.perf_counter()
+        try:
+            models = self.store.declared()
+            observed = self._target.observe()
+            self._hold(models)
+            config = desired(models, observed, gateway_replicas=self._gateway_replicas, now=self._now().timestamp())
+            changes = differs(config, observed)
+            if changes:
+                self._may_write()
+                self._target.apply(config)
+                self.counters.applied += 1
+                logger.info("told Ray of %d models", len(config["applications"]) - 1)
+            self._release(models, observed)
+            self._tell(observed)
+            return not changes and all(map(_is_settled, models))
+        finally:
+            self.counters.passes += 1
+            self.counters.seconds += time.perf_counter() - began
+
+    def _may_write(self) -> None:
+        if not self._leadership.holds:
+            raise NotLeading
+
+    def _hold(self, models: list[Declared]) -> None:
+        for model in models:
+            if not model.is_held and not model.deleting:
+                self._write(partial(self._cluster.hold, model.name, version=model.version))
+
+    def _release(self, models: list[Declared], observed: Observed) -> None:
+        for model in models:
+            if model.is_held and model.deleting and is_gone(model, observed):
+                self._write(partial(self._cluster.release, model.name, version=model.version))
+
+    def _tell(self, observed: Observed) -> None:
+        now = self._now().strftime("%Y-%m-%dT%H:%M:%SZ")
+        phases: dict[str, int] = {}
+        for model in self.store.declared():
+            status = status_of(model, observed, public_url=self._public_url, now=now)
+            phases[status["phase"]] = phases.get(status["phase"], 0) + 1
+            if status == model.status:
+                continue
+            if self._write(partial(self._cluster.write_status, model.name, status, version=model.version)):
+                self.counters.statuses += 1
+                self._emit(model, status, now)
+        self.counters.phases = phases
+
+    def _write(self, write: Callable[[], dict[str, Any]]) -> bool:
+        """Write one object; where it is another by now, leave it to the pass that its change will bring."""
+        self._may_write()
+        try:
+            self.store.put(write())
+        except Conflict:
+            self.store.changed.set()
+            return False
+        return True
+
+    def _emit(self, model: Declared, status: Mapping[str, Any], now: str) -> None:
+        """Tell of conditions that changed to what people want to know of; an Event that is lost harms nobody."""
+        before = {condition["type"]: condition["status"] for condition in model.status.get("conditions", ())}
+        for condition in status["conditions"]:
+            wanted = _TOLD.get(condition["type"])
+            if condition["status"] == wanted and before.get(condition["type"]) != wanted:
+                try:
+                    self._cluster.emit(_event(model, condition, now))
+                except (ApiUnavailable, Conflict) as error:
+                    logger.warning("an Event was lost: %s", error)
+
+
+def _is_settled(model: Declared) -> bool:
+    conditions = {condition["type"]: condition["status"] for condition in model.status.get("conditions", ())}
+    return not model.deleting and conditions.get("Progressing") == "False"
+
+
+def _event(model: Declared, condition: Mapping[str, Any], now: str) -> dict[str, Any]:
+    return {
+        "apiVersion": "v1",
+        "kind": "Event",
+        "metadata": {"generateName": f"{model.name}-"},
+        "involvedObject": {
+            "apiVersion": f"{GROUP}/{VERSION}",
+            "kind": KIND,
+            "name": model.name,
+            "uid": model.uid,
+        },
+        "reason": condition["reason"],
+        "message": condition["message"][:1000],
+        "type": "Normal" if condition["type"] == "Ready" else "Warning",
+        "source": {"component": "roundhouse-controller"},
+        "firstTimestamp": now,
+        "lastTimestamp": now,
+        "count": 1,
+    }

@@ -1,0 +1,214 @@
+"""The Kubernetes API as the controller uses it: Models listed, watched and written, Events, and a Lease."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import urllib3
+from kubernetes import client as kube
+from kubernetes import config as kube_config
+from kubernetes.client.exceptions import ApiException
+
+from serve.cluster.crd import FINALIZER, GROUP, KIND, PLURAL, VERSION
+from serve.errors import RoundhouseError
+
+MANAGER = "roundhouse-controller"
+_WATCH_S = 300
+_TIMEOUT_S = 30
+
+
+class ApiUnavailable(RoundhouseError):
+    """The API server does not answer or refuses; the message says what was asked. Trying again may help."""
+
+
+class Conflict(RoundhouseError):
+    """The object is another than the one that was read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One event of a watch: `ADDED`, `MODIFIED`, `DELETED`, `BOOKMARK`, and the object."""
+
+    kind: str
+    model: Mapping[str, Any]
+
+
+def connect(context: str | None = None) -> kube.ApiClient:
+    """Return a client: of the pod's service account, or of the kubeconfig's context (empty for its current one).
+
+    Raises:
+        ApiUnavailable: There is neither.
+    """
+    try:
+        if context is None:
+            kube_config.load_incluster_config()
+            return kube.ApiClient()
+        return kube_config.new_client_from_config(context=context or None)
+    except kube_config.ConfigException as error:
+        raise ApiUnavailable(f"no way to a cluster: {error}") from error
+
+
+class Cluster:
+    """One namespace of a cluster.
+
+    Every call raises ApiUnavailable where the API server does not answer or refuses.
+    """
+
+    def __init__(self, client: kube.ApiClient, namespace: str) -> None:
+        self._client = client
+        self._namespace = namespace
+        self._objects = f"/apis/{GROUP}/{VERSION}/namespaces/{namespace}/{PLURAL}"
+
+    def list_models(self) -> tuple[list[dict[str, Any]], str]:
+        """Return every Model and the version of the list."""
+        items: list[dict[str, Any]] = []
+        more = ""
+        while True:
+            page = self.call("GET", self._objects, query={"limit": "500", **({"continue": more} if more else {})})
+            items += page["items"]
+            more = page["metadata"].get("continue", "")
+            if not more:
+                return items, page["metadata"]["resourceVersion"]
+
+    def watch_models(self, version: str) -> Iterator[Change]:
+        """Yield changes since a version, until the API server ends the watch.
+
+        Raises:
+            Conflict: The version is too old; list again.
+        """
+        query = {
+            "watch": "1",
+            "resourceVersion": version,
+            "allowWatchBookmarks": "true",
+            "timeoutSeconds": str(_WATCH_S),
+        }
+        for line in self._stream(self._objects, query):
+            event = json.loads(line)
+            if event["type"] != "ERROR":
+                yield Change(event["type"], event["object"])
+            elif event["object"].get("code") == 410:
+                raise Conflict("the version is too old")
+            else:
+                raise ApiUnavailable(f"the watch of Models failed: {event['object'].get('message')}")
+
+    def write_status(self, name: str, status: Mapping[str, Any], *, version: str) -> dict[str, Any]:
+        """Apply a Model's status and return the object.
+
+        Raises:
+            Conflict: It is no longer at `version`, or is gone.
+        """
+        return self._apply(name, "/status", {"resourceVersion": version}, {"status": status})
+
+    def hold(self, name: str, *, version: str) -> dict[str, Any]:
+        """Add our finalizer to a Model and return the object; raises Conflict as `write_status`."""
+        return self._apply(name, "", {"resourceVersion": version, "finalizers": [FINALIZER]}, {})
+
+    def release(self, name: str, *, version: str) -> dict[str, Any]:
+        """Take our finalizer from a Model and return the object; raises Conflict as `write_status`."""
+        return self._apply(name, "", {"resourceVersion": version}, {})
+
+    def _apply(self, name: str, part: str, metadata: Mapping[str, Any], rest: Mapping[str, Any]) -> dict[str, Any]:
+        body = {"apiVersion": f"{GROUP}/{VERSION}", "kind": KIND, "metadata": {"name": name, **metadata}, **rest}
+        query = {"fieldManager": MANAGER, "force": "true"}
+        path = f"{self._objects}/{name}{part}"
+        return self.call("PATCH", path, query=query, body=body, kind="application/apply-patch+yaml")
+
+    def emit(self, event: Mapping[str, Any]) -> None:
+        """Create a core/v1 Event about an object of this namespace."""
+        about = event["involvedObject"] | {"namespace": self._namespace}
+        body = {**event, "involvedObject": about}
+        self.call("POST", f"/api/v1/namespaces/{self._namespace}/events", body=body)
+
+    def delete_models(self) -> None:
+        """Ask for every Model of the namespace to go."""
+        self.call("DELETE", self._objects)
+
+    def get_lease(self, name: str) -> dict[str, Any] | None:
+        """Return a Lease (coordination.k8s.io/v1), or None where there is none."""
+        try:
+            return self.call("GET", f"{self._leases}/{name}")
+        except Conflict:
+            return None
+
+    def put_lease(self, name: str, spec: Mapping[str, Any], *, version: str | None) -> dict[str, Any]:
+        """Create a Lease, or replace the one at `version`; raises Conflict where another was quicker."""
+        body: dict[str, Any] = {
+            "apiVersion": "coordination.k8s.io/v1",
+            "kind": "Lease",
+            "metadata": {"name": name} | ({"resourceVersion": version} if version else {}),
+            "spec": spec,
+        }
+        if version is None:
+            return self.call("POST", self._leases, body=body)
+        return self.call("PUT", f"{self._leases}/{name}", body=body)
+
+    @property
+    def _leases(self) -> str:
+        return f"/apis/coordination.k8s.io/v1/namespaces/{self._namespace}/leases"
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        body: Any = None,
+        kind: str = "application/json",
+    ) -> dict[str, Any]:
+        """Call the API server and return the JSON that it answers.
+
+        Raises:
+            Conflict: 404, 409 and 410.
+        """
+        response = self._send(method, path, query=query or {}, body=body, kind=kind, read_s=_TIMEOUT_S)
+        try:
+            found: dict[str, Any] = json.loads(response.read())
+        except ValueError as error:
+            raise ApiUnavailable(f"the API server does not answer {method} {path} with JSON") from error
+        return found
+
+    def _stream(self, path: str, query: Mapping[str, str]) -> Iterator[bytes]:
+        """Yield the lines of an answer as they come."""
+        response = self._send(
+            "GET", path, query=query, body=None, kind="application/json", read_s=_WATCH_S + _TIMEOUT_S
+        )
+        rest = b""
+        try:
+            for part in response.response.stream(2**16):
+                *lines, rest = (rest + part).split(b"\n")
+                yield from filter(None, lines)
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise ApiUnavailable(f"the watch of {path} broke off: {error}") from error
+        finally:
+            response.response.close()
+
+    def _send(self, method: str, path: str, *, query: Mapping[str, str], body: Any, kind: str, read_s: float) -> Any:
+        arguments = self._client.param_serialize(
+            method,
+            path,
+            query_params=list(query.items()),
+            header_params={"Accept": "application/json", "Content-Type": kind},
+            body=body,
+            auth_settings=["BearerToken"],
+        )
+        try:
+            response = self._client.call_api(*arguments, _request_timeout=(_TIMEOUT_S, read_s))
+            if 200 <= response.status < 300:
+                return response
+            told = _message(response.read())
+        except (ApiException, urllib3.exceptions.HTTPError, OSError) as error:
+            raise ApiUnavailable(f"the API server does not answer {method} {path}: {error}") from error
+        if response.status in (404, 409, 410):
+            raise Conflict(f"{method} {path}: {told}")
+        raise ApiUnavailable(f"the API server refuses {method} {path} ({response.status}): {told}")
+
+
+def _message(answer: bytes) -> str:
+    """Return the sentence of a Status object, or the answer's beginning where it is none."""
+    try:
+        return str(json.loads(answer)["message"])
+    except (ValueError, LookupError, TypeError):
+        return answer[:300].decode(errors="replace")

@@ -1,0 +1,166 @@
+"""Where models run: what is asked of Ray and told to it, the same for both ways of having a Ray cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import httpx
+import yaml
+
+from serve.cluster.resource import Application, Observed
+from serve.errors import RoundhouseError
+
+_TIMEOUT_S = 30.0
+_PLACED = frozenset({"STARTING", "UPDATING", "RECOVERING", "RUNNING", "STOPPING", "PENDING_MIGRATION"})
+
+
+class TargetUnavailable(RoundhouseError):
+    """Ray does not answer, or refuses; the message says who and why. Trying again may help."""
+
+
+class Target(Protocol):
+    """A Ray cluster that serves."""
+
+    def observe(self) -> Observed:
+        """Return what runs; raises TargetUnavailable."""
+
+    def apply(self, config: Mapping[str, Any]) -> None:
+        """Make a whole Ray Serve config the one that runs; raises TargetUnavailable."""
+
+
+class RayServeApi:
+    """Ray Serve's REST API on the head node (`/api/serve/applications/`).
+
+    Args:
+        url: `http://host:8265`.
+        token: Returns the cluster's token, read anew for each request, so that it may be rotated.
+        gateway_url: Where the gateway tells how far each model is; without an answer phases are left out.
+    """
+
+    def __init__(self, url: str, *, token: Callable[[], str], gateway_url: str) -> None:
+        self._token = token
+        self._gateway_url = gateway_url
+        self._client = httpx.Client(base_url=url, timeout=_TIMEOUT_S)
+
+    def observe(self) -> Observed:
+        """Return what runs; raises TargetUnavailable."""
+        told = self._ask("GET", "/api/serve/applications/").json()
+        nodes = self._ask("GET", "/api/v0/nodes", params={"detail": "1", "limit": "10000"}).json()
+        return Observed(
+            applications={name: application(name, entry) for name, entry in told.get("applications", {}).items()},
+            nodes=_nodes(nodes["data"]["result"]["result"]),
+            phases=phases(self._gateway_url),
+        )
+
+    def apply(self, config: Mapping[str, Any]) -> None:
+        """Make a whole Ray Serve config the one that runs; raises TargetUnavailable."""
+        self._ask("PUT", "/api/serve/applications/", json=config)
+
+    def _ask(self, method: str, path: str, **how: Any) -> httpx.Response:
+        try:
+            response = self._client.request(method, path, headers={"Authorization": f"Bearer {self._token()}"}, **how)
+        except (httpx.HTTPError, OSError) as error:
+            raise TargetUnavailable(f"Ray at {self._client.base_url} does not answer: {error}") from error
+        if response.status_code != 200:
+            raise TargetUnavailable(
+                f"Ray at {self._client.base_url} answers {response.status_code} to {method} {path}: "
+                f"{response.text[:500]}"
+            )
+        return response
+
+
+class RayService:
+    """A RayService of KubeRay, whose `serveConfigV2` is written.
+
+    Args:
+        get: Returns the object.
+        patch: Applies a part of it, server-side.
+        gateway_url: As in `RayServeApi`.
+    """
+
+    def __init__(
+        self,
+        *,
+        get: Callable[[], Mapping[str, Any]],
+        patch: Callable[[Mapping[str, Any]], None],
+        gateway_url: str,
+    ) -> None:
+        self._get = get
+        self._patch = patch
+        self._gateway_url = gateway_url
+
+    def observe(self) -> Observed:
+        """Return what runs; KubeRay tells each application's status, not its replicas."""
+        service = self._get()
+        text = service.get("spec", {}).get("serveConfigV2", "")
+        configs = {entry["name"]: entry for entry in (yaml.safe_load(text) or {}).get("applications", ())}
+        active = service.get("status", {}).get("activeServiceStatus", {}).get("applicationStatuses", {})
+        found = {}
+        for name in {*configs, *active}:
+            status = active.get(name, {})
+            wanted = _wanted(configs.get(name, {}))
+            found[name] = Application(
+                name=name,
+                status=status.get("status", "DEPLOYING" if name in configs else "DELETING"),
+                message=status.get("message", ""),
+                config=configs.get(name, {}),
+                wanted=wanted,
+                running=wanted if status.get("status") == "RUNNING" else 0,
+            )
+        return Observed(applications=found, phases=phases(self._gateway_url))
+
+    def apply(self, config: Mapping[str, Any]) -> None:
+        """Write the config; KubeRay puts it in place."""
+        self._patch({"spec": {"serveConfigV2": yaml.safe_dump(dict(config), sort_keys=True)}})
+
+
+def _wanted(config: Mapping[str, Any]) -> int:
+    deployment: Mapping[str, Any] = next(iter(config.get("deployments", ())), {})
+    return int(deployment.get("num_replicas") or deployment.get("autoscaling_config", {}).get("min_replicas", 1))
+
+
+def application(name: str, entry: Mapping[str, Any]) -> Application:
+    """Return an application from Ray Serve's details of it (`ray.serve.schema.ApplicationDetails`)."""
+    deployments: Sequence[Mapping[str, Any]] = list(entry.get("deployments", {}).values())
+    replicas = [(deployment, replica) for deployment in deployments for replica in deployment.get("replicas", ())]
+    return Application(
+        name=name,
+        status=entry["status"],
+        message="\n".join(filter(None, [entry.get("message", ""), *(d.get("message", "") for d in deployments)])),
+        config=entry.get("deployed_app_config") or {},
+        deployed_at=entry.get("last_deployed_time_s", 0.0),
+        wanted=sum(deployment.get("target_num_replicas", 0) for deployment in deployments),
+        running=sum(replica["state"] == "RUNNING" for _, replica in replicas),
+        waiting=sum(
+            replica["state"] in ("STARTING", "PENDING") and not replica.get("node_id") for _, replica in replicas
+        ),
+        held=tuple(
+            (replica["node_id"], deployment.get("required_resources", {}))
+            for deployment, replica in replicas
+            if replica.get("node_id") and replica["state"] in _PLACED
+        ),
+    )
+
+
+def _nodes(entries: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, float]]:
+    return {entry["node_id"]: entry.get("resources_total") or {} for entry in entries if entry.get("state") == "ALIVE"}
+
+
+def phases(gateway_url: str) -> dict[str, tuple[str, str]]:
+    """Return how far the gateway says each model is, or nothing where it does not answer."""
+    try:
+        told = httpx.post(f"{gateway_url}/v2/repository/index", timeout=5.0).raise_for_status().json()
+        return {entry["name"]: (entry["phase"], entry["message"]) for entry in told}
+    except (httpx.HTTPError, ValueError, LookupError, TypeError):
+        return {}
+
+
+def token_in(file: Path) -> Callable[[], str]:
+    """Return what reads the token from a file that a Secret is mounted at."""
+
+    def read() -> str:
+        return file.read_text().strip()
+
+    return read

@@ -122,6 +122,9 @@ def serve_config(
                 "name": GATEWAY,
                 "num_replicas": gateway_replicas,
                 "max_ongoing_requests": MAX_ONGOING_REQUESTS,
+                # A little of a CPU keeps it off the head, which has none; one a node makes each a way in.
+                "max_replicas_per_node": 1,
+                "ray_actor_options": {"num_cpus": 0.01},
                 "user_config": {"models": [gateway_entry(spec) for spec in specs]},
                 "logging_config": quiet,
             }

@@ -54,6 +54,7 @@ def run_controller(options: ControllerOptions) -> None:
         ApiUnavailable: There is no way to a cluster.
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     cluster = Cluster(connect(options.context), options.namespace)
     leadership = Leadership(
         cluster,

@@ -66,4 +66,4 @@ def build_gateway(*, log_level: str) -> ray_serve.Application:
 
 def cluster_application(args: dict[str, str]) -> ray_serve.Application:  # noqa: ARG001 - Ray passes them
     """Return the gateway's application from a Ray Serve config, which says the options of the deployment itself."""
-    return ray_serve.deployment(name=GATEWAY, ray_actor_options={"num_cpus": 0})(Gateway).bind()
+    return ray_serve.deployment(name=GATEWAY)(Gateway).bind()

@@ -1,0 +1,196 @@
+{{/* Name of the chart, for labels. */}}
+{{- define "roundhouse.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" }}
+{{- end }}
+
+{{/* Beginning of the name of every object. */}}
+{{- define "roundhouse.fullname" -}}
+{{- if .Values.fullnameOverride }}
+{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" }}
+{{- else if contains .Chart.Name .Release.Name }}
+{{- .Release.Name | trunc 40 | trimSuffix "-" }}
+{{- else }}
+{{- printf "%s-%s" .Release.Name (include "roundhouse.name" .) | trunc 40 | trimSuffix "-" }}
+{{- end }}
+{{- end }}
+
+{{/* Labels that select: they never change within a release. Takes (list root component). */}}
+{{- define "roundhouse.selector" -}}
+{{- $root := index . 0 -}}
+app.kubernetes.io/name: {{ include "roundhouse.name" $root }}
+app.kubernetes.io/instance: {{ $root.Release.Name }}
+{{- with index . 1 }}
+app.kubernetes.io/component: {{ . }}
+{{- end }}
+{{- end }}
+
+{{/* All labels of an object. Takes (list root component). */}}
+{{- define "roundhouse.labels" -}}
+{{- $root := index . 0 -}}
+{{ include "roundhouse.selector" . }}
+app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
+app.kubernetes.io/part-of: roundhouse
+app.kubernetes.io/managed-by: {{ $root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
+{{- with $root.Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* Metadata of an object. Takes (list root suffix component). */}}
+{{- define "roundhouse.metadata" -}}
+{{- $root := index . 0 -}}
+name: {{ include "roundhouse.fullname" $root }}{{ with index . 1 }}-{{ . }}{{ end }}
+namespace: {{ $root.Release.Namespace }}
+labels:
+  {{- include "roundhouse.labels" (list $root (index . 2)) | nindent 2 }}
+{{- with $root.Values.commonAnnotations }}
+annotations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{- define "roundhouse.image" -}}
+{{- $image := .Values.image -}}
+{{- if $image.digest -}}
+{{ $image.repository }}@{{ $image.digest }}
+{{- else -}}
+{{ $image.repository }}:{{ default .Chart.AppVersion $image.tag }}
+{{- end }}
+{{- end }}
+
+{{- define "roundhouse.tokenSecret" -}}
+{{- default (printf "%s-ray-token" (include "roundhouse.fullname" .)) .Values.ray.token.existingSecret }}
+{{- end }}
+
+{{/* What Pod Security "restricted" asks of a pod. */}}
+{{- define "roundhouse.podSecurity" -}}
+securityContext:
+  runAsNonRoot: true
+  runAsUser: 10001
+  runAsGroup: 10001
+  fsGroup: 10001
+  fsGroupChangePolicy: OnRootMismatch
+  seccompProfile:
+    type: RuntimeDefault
+enableServiceLinks: false
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* What Pod Security "restricted" asks of a container, and a root file system that nobody writes to. */}}
+{{- define "roundhouse.containerSecurity" -}}
+securityContext:
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  capabilities:
+    drop: [ALL]
+{{- end }}
+
+{{/* Variables of every pod of the Ray cluster. */}}
+{{- define "roundhouse.rayEnv" -}}
+- name: POD_IP
+  valueFrom:
+    fieldRef:
+      fieldPath: status.podIP
+{{ .Files.Get "files/ray-environment.yaml" }}
+- name: RAY_AUTH_TOKEN_PATH
+  value: /etc/roundhouse/token/auth_token
+- name: RAY_gcs_rpc_server_reconnect_timeout_s
+  value: "600"
+{{- range $name, $value := .Values.settings }}
+- name: ROUNDHOUSE_{{ upper (snakecase $name) }}
+  value: {{ $value | quote }}
+{{- end }}
+{{- with .Values.extraEnv }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* Mounts of every pod of the Ray cluster. */}}
+{{- define "roundhouse.rayMounts" -}}
+- {name: tmp, mountPath: /tmp}
+- {name: shm, mountPath: /dev/shm}
+- {name: token, mountPath: /etc/roundhouse/token, readOnly: true}
+- {name: cache, mountPath: /var/cache/roundhouse}
+{{- with .Values.extraVolumeMounts }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- define "roundhouse.rayVolumes" -}}
+- name: tmp
+  emptyDir: {}
+- name: shm
+  emptyDir:
+    medium: Memory
+    sizeLimit: 512Mi
+- name: token
+  secret:
+    secretName: {{ include "roundhouse.tokenSecret" . }}
+    items:
+      - {key: auth_token, path: auth_token}
+- name: cache
+{{- if eq .Values.cache.type "pvc" }}
+  persistentVolumeClaim:
+    claimName: {{ default (printf "%s-cache" (include "roundhouse.fullname" .)) .Values.cache.existingClaim }}
+{{- else if eq .Values.cache.type "hostPath" }}
+  hostPath:
+    path: {{ required "cache.hostPath names the folder on the nodes" .Values.cache.hostPath }}
+    type: DirectoryOrCreate
+{{- else }}
+  emptyDir: {}
+{{- end }}
+{{- with .Values.extraVolumes }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* Ports that Ray's pods reach each other on; fixed, so that policies can name them. */}}
+{{- define "roundhouse.rayPorts" -}}
+--node-manager-port=6380 --object-manager-port=6381 --runtime-env-agent-port=6382 --dashboard-agent-grpc-port=6383 --dashboard-agent-listen-port=6384 --metrics-export-port=6385 --min-worker-port=10002 --max-worker-port=19999
+{{- end }}
+
+{{/* Where a pod of the cluster sends requests to models. */}}
+{{- define "roundhouse.inferenceUrl" -}}
+http://{{ include "roundhouse.fullname" . }}-inference.{{ .Release.Namespace }}.svc:{{ .Values.service.port }}
+{{- end }}
+
+{{/* What callers should be told. */}}
+{{- define "roundhouse.publicUrl" -}}
+{{- if and .Values.ingress.enabled .Values.ingress.host -}}
+http{{ if .Values.ingress.tlsSecretName }}s{{ end }}://{{ .Values.ingress.host }}
+{{- else -}}
+{{ include "roundhouse.inferenceUrl" . }}
+{{- end }}
+{{- end }}
+
+{{/* Where pods are put. Takes a component's values. */}}
+{{- define "roundhouse.placement" -}}
+{{- with .nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- end }}
+
+{{/* How many gateway replicas there are: by default one a worker, which makes every worker a way in. */}}
+{{- define "roundhouse.gatewayReplicas" -}}
+{{- $workers := 0 }}
+{{- range .Values.ray.workerGroups }}
+{{- $workers = add $workers (dig "replicas" 1 .) }}
+{{- end }}
+{{- default $workers .Values.gateway.replicas }}
+{{- end }}

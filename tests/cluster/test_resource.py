@@ -1,0 +1,235 @@
+"""What a Model asks for, and what is said of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve.applications import application_name, serve_config
+from serve.cluster.crd import FINALIZER
+from serve.cluster.resource import Application, Declared, Observed, desired, differs, is_gone, read, shortage, status_of
+
+NOW = 1_000_000.0
+URL = "http://models"
+
+
+def model(name: str = "one", *, deleting: bool = False, **spec: Any) -> dict[str, Any]:
+    metadata = {"name": name, "uid": f"uid-{name}", "generation": 2, "resourceVersion": "7", "finalizers": [FINALIZER]}
+    if deleting:
+        metadata["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+    return {"metadata": metadata, "spec": {"task": "voice-activity", "source": "package:silero_vad"} | spec}
+
+
+def config_of(*models: dict[str, Any], observed: Observed | None = None, now: float = NOW) -> dict[str, Any]:
+    return desired([read(each) for each in models], observed or Observed(), gateway_replicas=1, now=now)
+
+
+def running(config: dict[str, Any], **changed: Any) -> Observed:
+    """Return what Ray says once a config runs."""
+    return Observed(
+        applications={
+            entry["name"]: replace(
+                Application(entry["name"], "RUNNING", config=entry, deployed_at=NOW, wanted=1, running=1), **changed
+            )
+            for entry in config["applications"]
+        }
+    )
+
+
+def status(declared: Declared, observed: Observed) -> dict[str, Any]:
+    return status_of(declared, observed, public_url=URL, now="2026-01-02T00:00:00Z")
+
+
+def conditions(declared: Declared, observed: Observed) -> dict[str, tuple[str, str]]:
+    return {each["type"]: (each["status"], each["reason"]) for each in status(declared, observed)["conditions"]}
+
+
+def test_a_model_is_its_object_with_its_name():
+    declared = read(model("cat", options={"threshold": 0.7}))
+    assert declared.spec is not None
+    assert (declared.spec.name, declared.spec.options["threshold"]) == ("cat", 0.7)
+    assert (declared.problem, declared.generation, declared.is_held) == ("", 2, True)
+
+
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        ({"tsk": "x"}, "spec.tsk"),
+        ({"task": "voice-activty"}, "did you mean voice-activity?"),
+        ({"source": "file:model.py"}, "on a cluster a file: source is absolute"),
+        ({"scaling": {"min_replicas": 3}}, "spec.scaling.max_replicas"),
+        ({"options": {"treshold": 0.5}}, "spec.options.treshold"),
+        ({"resources": {"memory": "2GB"}}, "spec.resources.memory"),
+    ],
+)
+def test_a_wrong_model_says_where_and_what_is_meant(spec: dict[str, Any], sentence: str):
+    declared = read(model(**spec))
+    assert declared.spec is None
+    assert sentence in declared.problem
+    assert "models[0]" not in declared.problem
+
+
+def test_an_absolute_file_is_not_looked_for():
+    assert read(model(source="file:/models/on/another/machine")).spec is not None
+
+
+def test_a_wrong_model_leaves_the_others_alone():
+    config = config_of(model("good"), model("bad", task="nonsense"))
+    assert [entry["name"] for entry in config["applications"]] == ["gateway", "model-good"]
+
+
+def test_a_model_that_an_edit_made_wrong_goes_on_as_it_was():
+    before = config_of(model(scaling={"min_replicas": 2, "max_replicas": 3}, options={"threshold": 0.3}))
+    after = config_of(model(task="nonsense"), observed=running(before))
+    assert after == before
+    declared = read(model(task="nonsense"))
+    assert status(declared, running(before))["phase"] == "Ready"
+    told = conditions(declared, running(before))
+    assert told["Accepted"] == ("False", "InvalidSpec")
+    assert told["Degraded"] == ("True", "InvalidSpec")
+
+
+def test_a_model_on_its_way_out_is_left_out_and_held_until_it_is_gone():
+    leaving = read(model(deleting=True))
+    before = running(config_of(model()))
+    assert [entry["name"] for entry in config_of(model(deleting=True))["applications"]] == ["gateway"]
+    assert not is_gone(leaving, before)
+    assert status(leaving, before)["phase"] == "Draining"
+    assert is_gone(leaving, running(config_of()))
+
+
+@given(st.lists(st.sampled_from("abcdef"), unique=True), st.lists(st.sampled_from("abcdef"), unique=True))
+def test_what_runs_differs_exactly_where_the_models_do(before: list[str], after: list[str]):
+    observed = running(config_of(*map(model, before)))
+    assert differs(config_of(*map(model, after), observed=observed), observed) == (set(before) != set(after))
+
+
+@pytest.mark.parametrize(
+    "edit", [{"options": {"threshold": 0.9}}, {"scaling": {"max_replicas": 2}}, {"resources": {"cpus": 2}}]
+)
+def test_any_edit_is_a_difference(edit: dict[str, Any]):
+    observed = running(config_of(model()))
+    assert not differs(config_of(model(), observed=observed), observed)
+    assert differs(config_of(model(**edit), observed=observed), observed)
+
+
+def test_what_ray_adds_of_its_own_is_no_difference():
+    config = config_of(model())
+    entries = [
+        entry | {"runtime_env": {}, "deployments": [each | {"placement": None} for each in entry["deployments"]]}
+        for entry in config["applications"]
+    ]
+    assert not differs(config, running({"applications": entries}))
+
+
+def test_an_application_that_nobody_declared_is_a_difference():
+    observed = running(serve_config([]))
+    extra = Observed(applications=dict(observed.applications) | {"other": Application("other", "RUNNING")})
+    assert differs(config_of(), extra)
+
+
+def attempt(config: dict[str, Any]) -> int:
+    return int(config["applications"][1]["args"].get("attempt", 0))
+
+
+def test_a_model_that_failed_is_tried_again_at_growing_intervals():
+    waits = []
+    config, deployed = config_of(model()), NOW
+    for _ in range(8):
+        failed = running(config, status="DEPLOY_FAILED", running=0, deployed_at=deployed)
+        wait = next(
+            s
+            for s in range(2000)
+            if attempt(config_of(model(), observed=failed, now=deployed + s)) > attempt(config)
+        )
+        waits.append(wait)
+        deployed += wait
+        config = config_of(model(), observed=failed, now=deployed)
+    assert waits == [15, 30, 60, 120, 240, 480, 900, 900]
+
+
+def test_an_edit_begins_the_attempts_anew():
+    config = config_of(model())
+    failed = running(config, status="DEPLOY_FAILED", running=0)
+    second = config_of(model(), observed=failed, now=NOW + 100)
+    assert attempt(second) == 1
+    assert attempt(config_of(model(options={"threshold": 0.9}), observed=running(second), now=NOW + 200)) == 0
+
+
+def test_an_attempt_that_worked_is_not_taken_back():
+    failed = running(config_of(model()), status="DEPLOY_FAILED", running=0)
+    second = config_of(model(), observed=failed, now=NOW + 100)
+    assert config_of(model(), observed=running(second), now=NOW + 1000) == second
+
+
+def app(**changed: Any) -> Observed:
+    return Observed(applications={application_name("one"): replace(Application("model-one", "RUNNING"), **changed)})
+
+
+def test_ready():
+    declared = read(model(resources={"gpus": 0.5}))
+    found = status(declared, app(wanted=2, running=2))
+    assert (found["phase"], found["replicas"], found["readyReplicas"], found["gpus"]) == ("Ready", 2, 2, "1")
+    assert found["url"] == "http://models/v2/models/one"
+    assert found["observedGeneration"] == 2
+    assert conditions(declared, app(wanted=2, running=2)) == {
+        "Accepted": ("True", "Valid"),
+        "Ready": ("True", "Serving"),
+        "Progressing": ("False", "Complete"),
+        "Degraded": ("False", "AsExpected"),
+    }
+
+
+def test_a_failure_is_told_by_its_last_line_or_by_the_replica():
+    failed = app(status="DEPLOY_FAILED", message="Traceback\n  File x\nValueError: garbage\n", wanted=1)
+    assert status(read(model()), failed)["message"] == "ValueError: garbage"
+    told = replace(failed, phases={"one": ("failed", "the weights are garbage")})
+    assert status(read(model()), told)["message"] == "the weights are garbage"
+    assert conditions(read(model()), told)["Degraded"] == ("True", "LoadFailed")
+
+
+def test_a_failed_edit_of_a_model_that_answers_is_ready_and_degraded():
+    found = conditions(read(model()), app(status="DEPLOY_FAILED", message="no", wanted=1, running=1))
+    assert (found["Ready"][0], found["Degraded"]) == ("True", ("True", "LoadFailed"))
+
+
+def test_phases_come_from_the_gateway():
+    loading = replace(app(status="DEPLOYING", wanted=1), phases={"one": ("downloading", "3 of 9 MB")})
+    found = status(read(model()), loading)
+    assert (found["phase"], found["message"]) == ("Downloading", "3 of 9 MB")
+
+
+def test_what_does_not_fit_names_the_missing_amount():
+    observed = replace(
+        app(status="DEPLOYING", wanted=1, waiting=1),
+        nodes={"a": {"CPU": 4.0, "GPU": 1.0}, "b": {"CPU": 4.0}},
+    )
+    holder = Application("model-two", "RUNNING", held=(("a", {"CPU": 1, "GPU": 0.5}),))
+    observed = replace(observed, applications=dict(observed.applications) | {"model-two": holder})
+    declared = read(model(resources={"gpus": 1}))
+    found = status(declared, observed)
+    assert found["phase"] == "Queued"
+    assert "needs 1 GPU, 0.5 GPUs free" in found["message"]
+    assert conditions(declared, observed)["Progressing"] == ("True", "WaitingForResources")
+
+
+def test_what_fits_is_no_shortage():
+    observed = Observed(nodes={"a": {"CPU": 4.0, "GPU": 1.0, "memory": 2.0**33}})
+    assert shortage(read(model(resources={"gpus": 0.5, "memory": "4Gi"})), observed) == ""
+    assert "10 GiB of memory, 8 GiB of memory free" in shortage(read(model(resources={"memory": "10Gi"})), observed)
+    assert shortage(read(model()), Observed()) != ""
+
+
+def test_a_condition_keeps_its_time_while_it_holds():
+    first = status(read(model()), app(wanted=1, running=1))
+    again = read(model() | {"status": first})
+    later = status_of(again, app(wanted=1, running=1), public_url=URL, now="2027-01-01T00:00:00Z")
+    assert later == first
+    lost = status_of(again, app(wanted=1), public_url=URL, now="2027-01-01T00:00:00Z")
+    assert {each["type"]: each["lastTransitionTime"][:4] for each in lost["conditions"]} == {
+        "Accepted": "2026", "Ready": "2027", "Progressing": "2027", "Degraded": "2026",
+    }  # fmt: skip

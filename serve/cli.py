@@ -13,6 +13,7 @@ from serve import __version__
 from serve.errors import RoundhouseError
 
 if TYPE_CHECKING:
+    from serve.cluster.plan import Worker
     from serve.declaration import Declaration
     from serve.runtime.state import Running
     from serve.settings import Settings
@@ -271,6 +272,68 @@ def _remove_models(options: argparse.Namespace) -> int:
     return OK if gone else FAILED
 
 
+def _render_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-f", "--file", default="models.yaml", metavar="FILE", help="default: models.yaml")
+    parser.add_argument("--namespace", metavar="NAME", help="of the Models; default: none, for kubectl to say")
+    parser.add_argument("--json", action="store_true", help="print a JSON list instead of YAML")
+
+
+def _render(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from serve.cluster.render import as_yaml, manifests, read_models
+
+    objects = manifests(read_models(Path(options.file))[1], namespace=options.namespace)
+    if options.json:
+        _print_json(objects)
+    else:
+        print(as_yaml(objects), end="")
+    return OK
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-f", "--file", default="models.yaml", metavar="FILE", help="default: models.yaml")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--values", metavar="FILE", help="the chart's values, with ray.workerGroups")
+    where.add_argument("--nodes", metavar="FILE", help="what `kubectl get nodes -o json` (or yaml) printed")
+    where.add_argument("--context", metavar="NAME", help="ask a cluster: of the kubeconfig, '' for its current one")
+    parser.add_argument("--json", action="store_true", help="print the forecast as JSON")
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+    from pathlib import Path
+
+    from serve.cluster.plan import forecast, told
+    from serve.cluster.render import read_models
+
+    found = forecast(read_models(Path(options.file))[0], _workers(options))
+    if options.json:
+        _print_json(asdict(found))
+    else:
+        print(told(found))
+    return FAILED if found.unplaced else OK
+
+
+def _workers(options: argparse.Namespace) -> list[Worker]:
+    from pathlib import Path
+
+    import yaml
+
+    from serve.cluster.plan import workers_of_nodes, workers_of_values
+
+    if options.context is not None:
+        from serve.cluster.kube import Cluster, connect
+
+        return workers_of_nodes(Cluster(connect(options.context), "default").call("GET", "/api/v1/nodes"))
+    path = options.values or options.nodes
+    try:
+        document = yaml.safe_load(Path(path).read_bytes())
+    except (OSError, yaml.YAMLError) as error:
+        raise RoundhouseError(f"{path}: cannot be read: {error}") from error
+    return workers_of_values(document) if options.values else workers_of_nodes(document)
+
+
 def _print_json(value: object) -> None:
     import json
 
@@ -284,6 +347,8 @@ COMMANDS = (
     Command("down", "", "Drain and stop the running platform", _platform_arguments, _down),
     Command("check", "[FILE]", "Tell every problem in a declaration, or what it declares", _check_arguments, _check),
     Command("schema", "", "Print the JSON Schema of models.yaml, which editors use", _schema_arguments, _schema),
+    Command("render", "-f FILE", "Print a declaration's Model manifests, for kubectl", _render_arguments, _render),
+    Command("plan", "-f FILE", "Forecast where a cluster would put each replica", _plan_arguments, _plan),
 )
 
 #: What the chart's pods run.

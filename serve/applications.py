@@ -21,7 +21,8 @@ _SHORTEST_GRACE_S = 10.0
 ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+    # How long a replica that leaves goes on answering, so that every node's HAProxy has been told of it.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
     # The gateway's application stands in the proxy that answers for what has no replica.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.runtime.fallback:middlewares",
     # Ten rounds of the controller a second are half of what an idle platform uses; three are as good to a person.

@@ -349,6 +349,20 @@ def _workers(options: argparse.Namespace) -> list[Worker]:
     return workers_of_values(document) if options.values else workers_of_nodes(document)
 
 
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", required=True, metavar="URL", help="where the platform answers")
+    parser.add_argument("--timeout-s", type=float, default=300.0, metavar="S", help="for its start; default: 300")
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from serve.cluster.verify import verify
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    return OK if verify(options.url, timeout_s=options.timeout_s, say=say) else FAILED
+
+
 def _print_json(value: object) -> None:
     import json
 
@@ -373,6 +387,7 @@ CLUSTER_COMMANDS = (
     ),
     Command("drain-node", "", "Move the replicas of this Ray node elsewhere before it ends", _drain_arguments, _drain),
     Command("install-crd", "", "Apply the definition of the Model resource", _cluster_arguments, _install_crd),
+    Command("verify", "", "Send every model of a platform a real request", _verify_arguments, _verify),
     Command("remove-models", "", "Delete a namespace's Models and wait for them", _remove_arguments, _remove_models),
 )
 

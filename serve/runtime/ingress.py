@@ -30,13 +30,17 @@ class CountedApplication:
         ray: Ray's ASGI callable of the replica; answers everything else.
         prefix: The route prefix of the application, without a slash at its end.
         metrics: The replica's metrics (`ray.serve._private.replica.ReplicaMetricsManager`).
+        is_draining: Whether the replica is on its way out, with nothing wrong with it.
     """
 
-    def __init__(self, application: Any, *, ray: Any, prefix: str, metrics: Any) -> None:
+    def __init__(
+        self, application: Any, *, ray: Any, prefix: str, metrics: Any, is_draining: Callable[[], bool]
+    ) -> None:
         self._application = application
         self._ray = ray
         self._prefix = prefix
         self._metrics = metrics
+        self._is_draining = is_draining
         self._metadata = RequestMetadata(
             request_id="",
             internal_request_id="",
@@ -50,6 +54,11 @@ class CountedApplication:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request (ASGI)."""
         path: str = scope["path"]
+        if path == "/-/healthz" and self._is_draining():
+            # Ray fails this check at once. HAProxy would count the replica out before it is told of the one that
+            # takes its place, and callers would get 503 between the two; a replica that is leaving still answers.
+            await _answer_healthy(send)
+            return
         if path.startswith("/-/") or not path.startswith(self._prefix):
             await self._ray(scope, receive, send)
             return
@@ -74,6 +83,11 @@ class CountedApplication:
             )
 
 
+async def _answer_healthy(send: Send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]})
+    await send({"type": "http.response.body", "body": b"success"})
+
+
 def take_over(application: Callable[[], Any]) -> None:
     """Have Ray start our server in this process; called in the replica's constructor, before Ray starts its own.
 
@@ -94,6 +108,7 @@ def take_over(application: Callable[[], Any]) -> None:
             ray=ray_application,
             prefix=(replica._route_prefix or "").rstrip("/"),
             metrics=replica._metrics_manager,
+            is_draining=lambda: replica._shutting_down and replica._healthy,
         )
         listener = listen(http_options.host, http_options.port)
         config = server_config(

@@ -68,6 +68,7 @@ def ray_environment(folder: Path, *, ports: Sequence[int], hard_stop_s: float) -
     """
     metrics, stats, fallback_http, fallback_grpc, replicas = ports
     own = {
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replicas),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(min(replicas + 900, 65535)),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_http),

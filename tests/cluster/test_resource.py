@@ -142,9 +142,7 @@ def test_a_model_that_failed_is_tried_again_at_growing_intervals():
     for _ in range(8):
         failed = running(config, status="DEPLOY_FAILED", running=0, deployed_at=deployed)
         wait = next(
-            s
-            for s in range(2000)
-            if attempt(config_of(model(), observed=failed, now=deployed + s)) > attempt(config)
+            s for s in range(2000) if attempt(config_of(model(), observed=failed, now=deployed + s)) > attempt(config)
         )
         waits.append(wait)
         deployed += wait

@@ -10,6 +10,8 @@ from serve.spec import ModelSpec
 
 GATEWAY = "gateway"
 DEPLOYMENT = "model"
+MODEL_VARIABLE = "RH_MODEL"
+ATTEMPT_VARIABLE = "RH_ATTEMPT"
 
 # The Host bounds its queue in items and bytes and answers 429 itself; Ray's own bound would answer without a reason.
 MAX_ONGOING_REQUESTS = 100_000
@@ -59,7 +61,8 @@ def route_prefix(model: str) -> str:
 def deployment_options(spec: ModelSpec) -> dict[str, Any]:
     """Return the options of a model's one deployment but its number of replicas.
 
-    No runtime_env: with one, Ray could not give the replica a process that it has started ahead.
+    No runtime_env: with one, Ray could not give the replica a process that it has started ahead, as it does on one
+    machine.
     """
     actor: dict[str, Any] = {"num_cpus": spec.resources.cpus}
     if spec.resources.gpus:
@@ -106,8 +109,9 @@ def serve_config(
 ) -> dict[str, Any]:
     """Return a whole Ray Serve config (the body of `PUT /api/serve/applications/`, and KubeRay's `serveConfigV2`).
 
-    What changes of a model's replicas alone is kept out of its application's arguments: Ray restarts every replica of
-    an application whose arguments differ, and none where only their number does.
+    A model's declaration travels in the environment of its replicas, without `scaling`. In the application's arguments
+    an edit would have Ray 2.60 build the application anew, and route nothing to it for those seconds; so, it replaces
+    replicas one by one. An edit of `scaling` alone restarts none.
 
     Args:
         attempts: Of models that failed to start, which attempt this is; a higher one makes Ray try again.
@@ -144,13 +148,23 @@ def serve_config(
 
 def _model_application(spec: ModelSpec, logging: dict[str, Any], attempt: int | None) -> dict[str, Any]:
     declared = json.dumps(spec.model_dump(mode="json", by_alias=True, exclude={"scaling"}), sort_keys=True)
+    variables = {MODEL_VARIABLE: declared} | ({ATTEMPT_VARIABLE: str(attempt)} if attempt else {})
+    options = deployment_options(spec) | replica_options(spec) | {"logging_config": logging}
+    options["ray_actor_options"]["runtime_env"] = {"env_vars": variables}
     return {
         "name": application_name(spec.name),
         "route_prefix": route_prefix(spec.name),
         "import_path": "serve.runtime.replica:cluster_application",
-        "args": {"spec": declared} | ({"attempt": str(attempt)} if attempt else {}),
-        "deployments": [deployment_options(spec) | replica_options(spec) | {"logging_config": logging}],
+        "args": {},
+        "deployments": [options],
     }
+
+
+def variables_of(application: Mapping[str, Any]) -> Mapping[str, str]:
+    """Return the variables of a model's replicas in an application of a Ray Serve config; empty where it has none."""
+    deployment: Mapping[str, Any] = next(iter(application.get("deployments") or ()), {})
+    options = deployment.get("ray_actor_options") or {}
+    return (options.get("runtime_env") or {}).get("env_vars") or {}
 
 
 def declared_in(application: Mapping[str, Any]) -> ModelSpec:
@@ -159,8 +173,8 @@ def declared_in(application: Mapping[str, Any]) -> ModelSpec:
     Raises:
         ValueError: It is not of this module's making.
     """
-    spec = json.loads(application["args"]["spec"])
     deployment = application["deployments"][0]
+    spec = json.loads(variables_of(application)[MODEL_VARIABLE])
     scaling = deployment.get("autoscaling_config") or {}
     count = deployment.get("num_replicas")
     bounds = scaling or {"min_replicas": count, "max_replicas": count}

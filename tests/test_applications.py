@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from ray.serve.schema import ServeDeploySchema
 
-from serve.applications import application_name, model_of, serve_config
+from serve.applications import application_name, declared_in, model_of, serve_config, variables_of
 from serve.spec import ModelSpec
 
 
@@ -31,14 +31,21 @@ def test_a_models_edit_changes_its_own_application_and_what_the_gateway_is_told(
     before = serve_config([declared("one"), declared("two")])
     after = serve_config([declared("one"), declared("two", deadline_ms=1000)])
     assert application(before, "one") == application(after, "one")
-    assert application(before, "two")["args"] != application(after, "two")["args"]
+    assert variables_of(application(before, "two")) != variables_of(application(after, "two"))
+
+
+def test_an_edit_has_no_application_built_anew() -> None:
+    before = application(serve_config([declared("one")]), "one")
+    after = application(serve_config([declared("one", deadline_ms=1000)]), "one")
+    built_from = ("import_path", "args", "runtime_env")
+    assert [before.get(key) for key in built_from] == [after.get(key) for key in built_from]
 
 
 @pytest.mark.parametrize("scaling", [{"min_replicas": 2, "max_replicas": 2}, {"max_replicas": 4}])
-def test_an_edit_of_the_replicas_leaves_the_arguments_alone(scaling: dict[str, int]) -> None:
+def test_an_edit_of_the_replicas_restarts_none(scaling: dict[str, int]) -> None:
     before = application(serve_config([declared("one")]), "one")
     after = application(serve_config([declared("one", scaling=scaling)]), "one")
-    assert before["args"] == after["args"]
+    assert variables_of(before) == variables_of(after)
     assert before["deployments"] != after["deployments"]
 
 
@@ -50,10 +57,12 @@ def test_a_new_model_changes_no_process_of_the_gateway() -> None:
     assert [model["name"] for model in told] == ["one"]
 
 
-def test_the_arguments_are_the_whole_declaration_but_its_replicas() -> None:
+def test_a_replica_gets_the_whole_declaration_but_its_replicas() -> None:
     spec = declared("one", description="of one", batching={"max_batch_size": 8}, scaling={"max_replicas": 4})
-    told = ModelSpec.model_validate_json(application(serve_config([spec]), "one")["args"]["spec"])
+    entry = application(serve_config([spec]), "one")
+    told = ModelSpec.model_validate_json(variables_of(entry)["RH_MODEL"])
     assert told == spec.model_copy(update={"scaling": told.scaling})
+    assert declared_in(entry) == spec
 
 
 def test_a_replacement_comes_before_the_old_replica_goes_where_it_can() -> None:

@@ -8,7 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from serve.applications import application_name, declared_in, model_of, serve_config
+from serve.applications import (
+    ATTEMPT_VARIABLE,
+    MODEL_VARIABLE,
+    application_name,
+    declared_in,
+    model_of,
+    serve_config,
+    variables_of,
+)
 from serve.cluster.crd import FINALIZER
 from serve.declaration import InvalidDeclaration, parse_declaration
 from serve.spec import ModelSpec
@@ -139,11 +147,11 @@ def _attempt(spec: ModelSpec, application: Application | None, now: float) -> in
     """Return which attempt at starting this is: the one that runs, or the next where it failed long enough ago."""
     if application is None or not application.config:
         return 0
-    arguments = application.config.get("args", {})
+    variables = variables_of(application.config)
     [fresh] = serve_config([spec])["applications"][1:]
-    if arguments.get("spec") != fresh["args"]["spec"]:
+    if variables.get(MODEL_VARIABLE) != variables_of(fresh)[MODEL_VARIABLE]:
         return 0
-    attempt = int(arguments.get("attempt", 0))
+    attempt = int(variables.get(ATTEMPT_VARIABLE, 0))
     due = application.deployed_at + min(_RETRY_MOST_S, _RETRY_FIRST_S * 2**attempt)
     return attempt + 1 if application.status == "DEPLOY_FAILED" and now >= due else attempt
 
@@ -163,7 +171,7 @@ def _within(part: Any, whole: Any) -> bool:
     if isinstance(part, Mapping):
         if not isinstance(whole, Mapping):
             return False
-        # An application's user_config and args are taken whole: a key that is gone must go there as well.
+        # These are taken whole: a key that is gone must go there as well.
         return all(key in whole and _within_key(key, part[key], whole[key]) for key in part)
     if isinstance(part, list):
         return (
@@ -175,7 +183,7 @@ def _within(part: Any, whole: Any) -> bool:
 
 
 def _within_key(key: str, part: Any, whole: Any) -> bool:
-    return bool(part == whole) if key in ("args", "user_config", "ray_actor_options") else _within(part, whole)
+    return bool(part == whole) if key in ("args", "user_config", "env_vars") else _within(part, whole)
 
 
 def is_gone(model: Declared, observed: Observed) -> bool:

@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.serve as ray_serve
 from fastapi import FastAPI
 
 from serve.api.documents import infer_example
 from serve.api.model_app import build_model_app
-from serve.applications import DEPLOYMENT, deployment_options, replica_options
+from serve.applications import DEPLOYMENT, MODEL_VARIABLE, deployment_options, replica_options
 from serve.host import Host, Phase
 from serve.runtime.ingress import take_over
 from serve.runtime.phases import PhaseReporter
@@ -28,12 +29,17 @@ _LONGEST_EXAMPLE = 2000  # characters that people still paste
 
 @ray_serve.ingress()
 class ModelReplica:
-    """A replica: loads its model, then answers; Ray takes it into routing once the constructor has returned."""
+    """A replica: loads its model, then answers; Ray takes it into routing once the constructor has returned.
+
+    Args:
+        spec: The model's declaration in JSON; empty where a Ray Serve config holds it.
+        base_dir: Folder against which a relative `file:` source is resolved.
+    """
 
     async def __init__(self, spec: str, base_dir: str) -> None:  # type: ignore[misc]
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         take_over(lambda: self._app)
-        self._spec = ModelSpec.model_validate_json(spec)
+        self._spec = ModelSpec.model_validate_json(spec or _from_config())
         self._settings = Settings.from_environment()
         say = PhaseReporter(self._spec.name, ray_serve.get_replica_context().replica_tag)
         say("starting", "importing")
@@ -81,10 +87,12 @@ def build_application(spec: ModelSpec, *, base_dir: Path, log_level: str) -> ray
     return deployment.bind(json.dumps(spec.model_dump(mode="json", by_alias=True)), str(base_dir))
 
 
-def cluster_application(args: dict[str, str]) -> ray_serve.Application:
-    """Return a model's application from a Ray Serve config, which says the options of the deployment itself.
+def cluster_application(args: dict[str, str]) -> ray_serve.Application:  # noqa: ARG001 - Ray passes them
+    """Return a model's application for a Ray Serve config, which says the deployment's options and holds the model."""
+    return ray_serve.deployment(name=DEPLOYMENT, max_constructor_retry_count=1)(ModelReplica).bind("", "/")
 
-    Args:
-        args: `spec`, a model's declaration in JSON.
-    """
-    return ray_serve.deployment(name=DEPLOYMENT, max_constructor_retry_count=1)(ModelReplica).bind(args["spec"], "/")
+
+def _from_config() -> str:
+    """Return the declaration that a Ray Serve config has put into this replica's environment."""
+    variables: dict[str, str] = ray.get_runtime_context().runtime_env["env_vars"]
+    return variables[MODEL_VARIABLE]

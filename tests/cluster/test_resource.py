@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.applications import application_name, serve_config
+from serve.applications import application_name, serve_config, variables_of
 from serve.cluster.crd import FINALIZER
 from serve.cluster.resource import Application, Declared, Observed, desired, differs, is_gone, read, shortage, status_of
 
@@ -133,7 +133,7 @@ def test_an_application_that_nobody_declared_is_a_difference():
 
 
 def attempt(config: dict[str, Any]) -> int:
-    return int(config["applications"][1]["args"].get("attempt", 0))
+    return int(variables_of(config["applications"][1]).get("RH_ATTEMPT", 0))
 
 
 def test_a_model_that_failed_is_tried_again_at_growing_intervals():

@@ -13,7 +13,7 @@ from pathlib import Path
 from serve.cluster.controller import Controller
 from serve.cluster.crd import GROUP, PLURAL, custom_resource_definition
 from serve.cluster.health import serve_health
-from serve.cluster.kube import MANAGER, Cluster, Conflict, connect
+from serve.cluster.kube import MANAGER, Cluster, Missing, connect
 from serve.cluster.leader import Leadership
 from serve.cluster.targets import RayServeApi, RayService, Target, token_in
 
@@ -52,6 +52,7 @@ def run_controller(options: ControllerOptions) -> None:
 
     Raises:
         ApiUnavailable: There is no way to a cluster.
+        ControllerBroken: One of its threads ended.
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -73,8 +74,10 @@ def run_controller(options: ControllerOptions) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: controller.stop())
     server = serve_health(controller, leads=lambda: leadership.holds, port=options.health_port)
-    controller.run()
-    server.shutdown()
+    try:
+        controller.run()
+    finally:
+        server.shutdown()
 
 
 def _target(cluster: Cluster, options: ControllerOptions) -> Target:
@@ -86,15 +89,11 @@ def _target(cluster: Cluster, options: ControllerOptions) -> Target:
     how = {"fieldManager": MANAGER, "force": "true"}
     return RayService(
         get=lambda: cluster.call("GET", path),
-        patch=lambda part: _ignored(
-            cluster.call("PATCH", path, query=how, body=named | dict(part), kind="application/apply-patch+yaml")
+        patch=lambda part: cluster.call(
+            "PATCH", path, query=how, body=named | dict(part), kind="application/apply-patch+yaml"
         ),
         gateway_url=options.gateway_url,
     )
-
-
-def _ignored(_: object) -> None:
-    return None
 
 
 def install_crd(*, context: str | None) -> None:
@@ -126,7 +125,7 @@ def remove_models(
     while True:
         try:
             names = [model["metadata"]["name"] for model in cluster.list_models()[0]]
-        except Conflict:
+        except Missing:
             return True  # the resource itself is gone
         if not names:
             break
@@ -153,5 +152,5 @@ def _remove_definition(cluster: Cluster, say: Callable[[str], None]) -> None:
             return
         cluster.call("DELETE", f"{_DEFINITIONS}/{PLURAL}.{GROUP}")
         say("the Model resource is removed")
-    except Conflict:
+    except Missing:
         say("the Model resource was gone already")

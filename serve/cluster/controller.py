@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from serve.applications import application_name
 from serve.cluster.crd import GROUP, KIND, VERSION
-from serve.cluster.kube import ApiUnavailable, Cluster, Conflict
+from serve.cluster.kube import ApiUnavailable, Cluster, Conflict, Missing
 from serve.cluster.leader import RENEW_S, Leadership
-from serve.cluster.resource import Declared, Observed, desired, differs, is_gone, read, status_of
+from serve.cluster.resource import Declared, Observed, changes, desired, is_gone, read, status_of
 from serve.cluster.targets import Target, TargetUnavailable
+from serve.errors import RoundhouseError
 
 logger = logging.getLogger("roundhouse.controller")
 
@@ -24,6 +26,10 @@ _BUSY_S = 2.0
 _SETTLED_S = 15.0
 _LONGEST_BACKOFF_S = 60.0
 _TOLD = {"Accepted": "False", "Degraded": "True", "Ready": "True"}
+
+
+class ControllerBroken(RoundhouseError):
+    """A thread that the controller cannot do without has ended."""
 
 
 class NotLeading(Exception):
@@ -142,13 +148,18 @@ class Controller:
         self.store = Store()
         self.counters = Counters()
         self._stop = threading.Event()
+        self._broken = ""
 
     # Threads
 
     def run(self) -> None:
-        """Work until `stop`; then give the lease up."""
+        """Work until `stop`; then give the lease up.
+
+        Raises:
+            ControllerBroken: A thread ended by an error that nobody foresaw; another process should take over.
+        """
         for name, work in (("watch", self.watch), ("lease", self._keep_lease)):
-            threading.Thread(target=work, name=name, daemon=True).start()
+            threading.Thread(target=self._guarded, args=(name, work), name=name, daemon=True).start()
         failures = 0
         while not self._stop.is_set():
             self.counters.last_turn = self._clock()
@@ -170,8 +181,18 @@ class Controller:
             self._pause(wait_s)
         try:
             self._leadership.give_up()
-        except (ApiUnavailable, Conflict) as error:
+        except (ApiUnavailable, Conflict, Missing) as error:
             logger.warning("the lease runs out by itself: %s", error)
+        if self._broken:
+            raise ControllerBroken(self._broken)
+
+    def _guarded(self, name: str, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:
+            logger.exception("the %s thread ended", name)
+            self._broken = f"the {name} thread ended: {type(error).__name__}: {error}"
+            self.stop()
 
     def stop(self) -> None:
         """Have `run` return soon."""
@@ -191,8 +212,8 @@ class Controller:
                 self.store.replace(models)
                 self._follow(version)
             except Conflict:
-                continue
-            except ApiUnavailable as error:
+                self._stop.wait(random.uniform(0.1, 0.5))
+            except (ApiUnavailable, Missing) as error:
                 logger.warning("%s; listing again", error)
                 self._stop.wait(random.uniform(1.0, 3.0))
 
@@ -230,17 +251,17 @@ class Controller:
         try:
             models = self.store.declared()
             observed = self._target.observe()
-            self._hold(models)
+            models = [model for model in models if self._hold(model, observed)]
             config = desired(models, observed, gateway_replicas=self._gateway_replicas, now=self._now().timestamp())
-            changes = differs(config, observed)
-            if changes:
+            changed = changes(config, observed)
+            if changed:
                 self._may_write()
                 self._target.apply(config)
                 self.counters.applied += 1
-                logger.info("told Ray of %d models", len(config["applications"]) - 1)
+                logger.info("told Ray of %s", ", ".join(sorted(changed)))
             self._release(models, observed)
-            self._tell(observed)
-            return not changes and all(map(_is_settled, models))
+            self._tell(observed, changed)
+            return not changed and all(map(_is_settled, models))
         finally:
             self.counters.passes += 1
             self.counters.seconds += time.perf_counter() - began
@@ -249,37 +270,42 @@ class Controller:
         if not self._leadership.holds:
             raise NotLeading
 
-    def _hold(self, models: list[Declared]) -> None:
-        for model in models:
-            if not model.is_held and not model.deleting:
-                self._write(partial(self._cluster.hold, model.name, version=model.version))
+    def _hold(self, model: Declared, observed: Observed) -> bool:
+        """See to it that a Model outlives its application; return whether that may be begun, or goes on."""
+        if model.is_held or model.deleting:
+            return True
+        held = self._write(partial(self._cluster.hold, model.name, version=model.version))
+        return held or not is_gone(model, observed)
 
     def _release(self, models: list[Declared], observed: Observed) -> None:
         for model in models:
             if model.is_held and model.deleting and is_gone(model, observed):
-                self._write(partial(self._cluster.release, model.name, version=model.version))
+                # The answer is not kept: the Model may be gone by now, and its going known already.
+                self._write(partial(self._cluster.release, model.name, version=model.version), keep=False)
 
-    def _tell(self, observed: Observed) -> None:
+    def _tell(self, observed: Observed, changed: set[str]) -> None:
         now = self._now().strftime("%Y-%m-%dT%H:%M:%SZ")
         phases: dict[str, int] = {}
         for model in self.store.declared():
             status = status_of(model, observed, public_url=self._public_url, now=now)
             phases[status["phase"]] = phases.get(status["phase"], 0) + 1
-            if status == model.status:
+            # What Ray has just been told of it, it has said nothing about yet.
+            if status == model.status or application_name(model.name) in changed & observed.applications.keys():
                 continue
             if self._write(partial(self._cluster.write_status, model.name, status, version=model.version)):
                 self.counters.statuses += 1
                 self._emit(model, status, now)
         self.counters.phases = phases
 
-    def _write(self, write: Callable[[], dict[str, Any]]) -> bool:
+    def _write(self, write: Callable[[], dict[str, Any]], *, keep: bool = True) -> bool:
         """Write one object; where it is another by now, leave it to the pass that its change will bring."""
         self._may_write()
         try:
-            self.store.put(write())
-        except Conflict:
-            self.store.changed.set()
+            answer = write()
+        except (Conflict, Missing):
             return False
+        if keep:
+            self.store.put(answer)
         return True
 
     def _emit(self, model: Declared, status: Mapping[str, Any], now: str) -> None:
@@ -290,7 +316,7 @@ class Controller:
             if condition["status"] == wanted and before.get(condition["type"]) != wanted:
                 try:
                     self._cluster.emit(_event(model, condition, now))
-                except (ApiUnavailable, Conflict) as error:
+                except (ApiUnavailable, Conflict, Missing) as error:
                     logger.warning("an Event was lost: %s", error)
 
 

@@ -65,8 +65,7 @@ def _columns() -> list[dict[str, Any]]:
     return [
         column("Task", "string", ".spec.task"),
         column("Phase", "string", ".status.phase"),
-        column("Ready", "integer", ".status.readyReplicas"),
-        column("Desired", "integer", ".status.replicas"),
+        column("Ready", "string", ".status.ready"),
         column("GPUs", "string", ".status.gpus"),
         column("Message", "string", ".status.message", priority=1),
         column("Age", "date", ".metadata.creationTimestamp"),
@@ -245,6 +244,7 @@ def _status() -> dict[str, Any]:
             "message": text | {"description": "What it is doing, or why it is not ready."},
             "replicas": count | {"description": "Replicas that there should be."},
             "readyReplicas": count | {"description": "Replicas that answer."},
+            "ready": text | {"description": "Replicas that answer, of those that there should be."},
             "gpus": text | {"description": "GPUs that its replicas hold together."},
             "url": text | {"description": "Where it answers."},
             "conditions": {

@@ -17,7 +17,7 @@ from serve.errors import RoundhouseError
 
 MANAGER = "roundhouse-controller"
 _WATCH_S = 300
-_TIMEOUT_S = 30
+TIMEOUT_S = 30
 
 
 class ApiUnavailable(RoundhouseError):
@@ -25,7 +25,11 @@ class ApiUnavailable(RoundhouseError):
 
 
 class Conflict(RoundhouseError):
-    """The object is another than the one that was read."""
+    """The object is another than the one that was read, or the list is too old."""
+
+
+class Missing(RoundhouseError):
+    """There is no such object, or no such kind of object."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +102,8 @@ class Cluster:
         """Apply a Model's status and return the object.
 
         Raises:
-            Conflict: It is no longer at `version`, or is gone.
+            Conflict: It is no longer at `version`.
+            Missing: It is gone.
         """
         return self._apply(name, "/status", {"resourceVersion": version}, {"status": status})
 
@@ -130,7 +135,7 @@ class Cluster:
         """Return a Lease (coordination.k8s.io/v1), or None where there is none."""
         try:
             return self.call("GET", f"{self._leases}/{name}")
-        except Conflict:
+        except Missing:
             return None
 
     def put_lease(self, name: str, spec: Mapping[str, Any], *, version: str | None) -> dict[str, Any]:
@@ -161,9 +166,10 @@ class Cluster:
         """Call the API server and return the JSON that it answers.
 
         Raises:
-            Conflict: 404, 409 and 410.
+            Conflict: 409 and 410.
+            Missing: 404.
         """
-        response = self._send(method, path, query=query or {}, body=body, kind=kind, read_s=_TIMEOUT_S)
+        response = self._send(method, path, query=query or {}, body=body, kind=kind, read_s=TIMEOUT_S)
         try:
             found: dict[str, Any] = json.loads(response.read())
         except ValueError as error:
@@ -172,9 +178,7 @@ class Cluster:
 
     def _stream(self, path: str, query: Mapping[str, str]) -> Iterator[bytes]:
         """Yield the lines of an answer as they come."""
-        response = self._send(
-            "GET", path, query=query, body=None, kind="application/json", read_s=_WATCH_S + _TIMEOUT_S
-        )
+        response = self._send("GET", path, query=query, body=None, kind="application/json", read_s=_WATCH_S + TIMEOUT_S)
         rest = b""
         try:
             for part in response.response.stream(2**16):
@@ -195,13 +199,15 @@ class Cluster:
             auth_settings=["BearerToken"],
         )
         try:
-            response = self._client.call_api(*arguments, _request_timeout=(_TIMEOUT_S, read_s))
+            response = self._client.call_api(*arguments, _request_timeout=(TIMEOUT_S, read_s))
             if 200 <= response.status < 300:
                 return response
             told = _message(response.read())
         except (ApiException, urllib3.exceptions.HTTPError, OSError) as error:
             raise ApiUnavailable(f"the API server does not answer {method} {path}: {error}") from error
-        if response.status in (404, 409, 410):
+        if response.status == 404:
+            raise Missing(f"{method} {path}: {told}")
+        if response.status in (409, 410):
             raise Conflict(f"{method} {path}: {told}")
         raise ApiUnavailable(f"the API server refuses {method} {path} ({response.status}): {told}")
 

@@ -6,9 +6,10 @@ import datetime
 from collections.abc import Callable
 from typing import Any
 
-from serve.cluster.kube import Cluster, Conflict
+from serve.cluster.kube import TIMEOUT_S, Cluster, Conflict
 
-DURATION_S = 15
+#: Longer than any one write may take, so that none lands when another controller acts already.
+DURATION_S = 45
 RENEW_S = 5.0
 
 
@@ -43,8 +44,8 @@ class Leadership:
 
     @property
     def holds(self) -> bool:
-        """Return whether this process may act now."""
-        return self._clock() < self._held_until
+        """Return whether this process may begin a write now, and nobody else may before it has ended."""
+        return self._clock() + TIMEOUT_S < self._held_until
 
     def renew(self) -> bool:
         """Take or keep the Lease if that is possible, and return whether it is held.

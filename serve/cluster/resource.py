@@ -13,7 +13,6 @@ from serve.applications import (
     MODEL_VARIABLE,
     application_name,
     declared_in,
-    model_of,
     serve_config,
     variables_of,
 )
@@ -156,15 +155,15 @@ def _attempt(spec: ModelSpec, application: Application | None, now: float) -> in
     return attempt + 1 if application.status == "DEPLOY_FAILED" and now >= due else attempt
 
 
-def differs(config: Mapping[str, Any], observed: Observed) -> bool:
-    """Return whether what runs is another than the config says.
+def changes(config: Mapping[str, Any], observed: Observed) -> set[str]:
+    """Return the applications that run otherwise than the config says; empty where there is nothing to do.
 
     What Ray adds of its own is not looked at: it returns a config with every default written out.
     """
     wanted = {application["name"]: application for application in config["applications"]}
-    if wanted.keys() != {name for name, app in observed.applications.items() if app.status != "DELETING"}:
-        return True
-    return any(not _within(app, observed.applications[name].config) for name, app in wanted.items())
+    running = {name: app.config for name, app in observed.applications.items() if app.status != "DELETING"}
+    edited = {name for name in wanted.keys() & running.keys() if not _within(wanted[name], running[name])}
+    return edited | (wanted.keys() ^ running.keys())
 
 
 def _within(part: Any, whole: Any) -> bool:
@@ -189,11 +188,6 @@ def _within_key(key: str, part: Any, whole: Any) -> bool:
 def is_gone(model: Declared, observed: Observed) -> bool:
     """Return whether a Model that is being deleted has nothing left in Ray."""
     return application_name(model.name) not in observed.applications
-
-
-def strangers(observed: Observed) -> tuple[str, ...]:
-    """Return applications that are neither a model's nor the gateway's."""
-    return tuple(name for name in observed.applications if name != "gateway" and model_of(name) is None)
 
 
 # Status
@@ -223,6 +217,7 @@ def status_of(model: Declared, observed: Observed, *, public_url: str, now: str)
         "message": message,
         "replicas": wanted,
         "readyReplicas": running,
+        "ready": f"{running}/{wanted}",
         "gpus": f"{gpus:g}",
         "url": f"{public_url}/v2/models/{model.name}",
         "conditions": [_dated(condition, model, now) for condition in conditions],

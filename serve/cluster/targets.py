@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 import httpx
 import yaml
 
+from serve.cluster.kube import ApiUnavailable, Conflict, Missing
 from serve.cluster.resource import Application, Observed
 from serve.errors import RoundhouseError
 
@@ -77,6 +79,7 @@ class RayService:
     Args:
         get: Returns the object.
         patch: Applies a part of it, server-side.
+        clock: Unix time, seconds.
         gateway_url: As in `RayServeApi`.
     """
 
@@ -84,16 +87,20 @@ class RayService:
         self,
         *,
         get: Callable[[], Mapping[str, Any]],
-        patch: Callable[[Mapping[str, Any]], None],
+        patch: Callable[[Mapping[str, Any]], object],
+        clock: Callable[[], float] = time.time,
         gateway_url: str,
     ) -> None:
         self._get = get
         self._patch = patch
+        self._clock = clock
+        # KubeRay does not tell when it deployed; retries are counted from what this process has done.
+        self._applied_at = clock()
         self._gateway_url = gateway_url
 
     def observe(self) -> Observed:
         """Return what runs; KubeRay tells each application's status, not its replicas."""
-        service = self._get()
+        service = self._call(self._get)
         text = service.get("spec", {}).get("serveConfigV2", "")
         configs = {entry["name"]: entry for entry in (yaml.safe_load(text) or {}).get("applications", ())}
         active = service.get("status", {}).get("activeServiceStatus", {}).get("applicationStatuses", {})
@@ -106,6 +113,7 @@ class RayService:
                 status=status.get("status", "DEPLOYING" if name in configs else "DELETING"),
                 message=status.get("message", ""),
                 config=configs.get(name, {}),
+                deployed_at=self._applied_at,
                 wanted=wanted,
                 running=wanted if status.get("status") == "RUNNING" else 0,
             )
@@ -113,7 +121,15 @@ class RayService:
 
     def apply(self, config: Mapping[str, Any]) -> None:
         """Write the config; KubeRay puts it in place."""
-        self._patch({"spec": {"serveConfigV2": yaml.safe_dump(dict(config), sort_keys=True)}})
+        text = yaml.safe_dump(dict(config), sort_keys=True)
+        self._call(lambda: self._patch({"spec": {"serveConfigV2": text}}))
+        self._applied_at = self._clock()
+
+    def _call(self, ask: Callable[[], Any]) -> Any:
+        try:
+            return ask()
+        except (ApiUnavailable, Conflict, Missing) as error:
+            raise TargetUnavailable(f"the RayService cannot be had: {error}") from error
 
 
 def _wanted(config: Mapping[str, Any]) -> int:

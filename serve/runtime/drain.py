@@ -22,16 +22,18 @@ class DrainError(RoundhouseError):
 def drain_node(head: str, *, address: str, deadline_s: float, say: Callable[[str], None]) -> None:
     """Have Ray place this node's replicas elsewhere, and return when none is left here, or at the deadline.
 
+    A head that is being replaced as well is waited for: without it nobody would take the replicas over.
+
     Args:
         head: `host:port` of Ray's control store.
         address: This node's, as Ray knows it.
         deadline_s: Seconds after which Ray takes the node for lost.
 
     Raises:
-        DrainError: Ray does not answer, does not know the node, or refuses.
+        DrainError: Ray has not answered by the deadline, does not know the node, or refuses.
     """
     ends = time.monotonic() + deadline_s
-    _ask_to_drain(head, address, deadline_s)
+    _until_asked(head, address, ends, say)
     say(f"{address} is draining; at most {deadline_s:g} s")
     left: int | None = None
     while time.monotonic() < ends:
@@ -56,6 +58,24 @@ def replicas_here() -> list[int]:
     return found
 
 
+class _HeadIsAway(DrainError):
+    """Ray's control store does not answer."""
+
+
+def _until_asked(head: str, address: str, ends: float, say: Callable[[str], None]) -> None:
+    told = False
+    while True:
+        try:
+            return _ask_to_drain(head, address, ends - time.monotonic())
+        except _HeadIsAway as error:
+            if time.monotonic() > ends:
+                raise
+            if not told:
+                say(f"{error}; waiting for it")
+                told = True
+            time.sleep(_POLL_S)
+
+
 def _ask_to_drain(head: str, address: str, deadline_s: float) -> None:
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated import autoscaler_pb2, gcs_pb2
@@ -69,7 +89,7 @@ def _ask_to_drain(head: str, address: str, deadline_s: float) -> None:
             if node.node_manager_address == address and node.state == alive
         ]
     except Exception as error:
-        raise DrainError(f"Ray's control store at {head} does not answer: {error}") from error
+        raise _HeadIsAway(f"Ray's control store at {head} does not answer: {error}") from error
     if not nodes:
         raise DrainError(
             f"Ray has no node that is alive at {address}; --node-ip takes the address given to `ray start`"

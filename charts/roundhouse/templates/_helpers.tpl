@@ -194,3 +194,10 @@ priorityClassName: {{ . }}
 {{- end }}
 {{- default $workers .Values.gateway.replicas }}
 {{- end }}
+
+{{/* The first process of a container ignores a signal that it does not handle, and Ray's handles none. */}}
+{{- define "roundhouse.endOnSignal" -}}
+child=$!
+trap 'kill -TERM $child' TERM INT
+wait $child
+{{- end }}

@@ -16,6 +16,9 @@ ATTEMPT_VARIABLE = "RH_ATTEMPT"
 # The Host bounds its queue in items and bytes and answers 429 itself; Ray's own bound would answer without a reason.
 MAX_ONGOING_REQUESTS = 100_000
 
+#: States of Ray Serve's replicas in which they answer: also while one is moved, or a new controller gets to know it.
+ANSWERING = frozenset({"RUNNING", "UPDATING", "RECOVERING", "PENDING_MIGRATION"})
+
 _MODEL_PREFIX = "model-"
 _SHORTEST_GRACE_S = 10.0
 

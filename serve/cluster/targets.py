@@ -10,12 +10,13 @@ from typing import Any, Protocol
 import httpx
 import yaml
 
+from serve.applications import ANSWERING
 from serve.cluster.kube import ApiUnavailable, Conflict, Missing
 from serve.cluster.resource import Application, Observed
 from serve.errors import RoundhouseError
 
 _TIMEOUT_S = 30.0
-_PLACED = frozenset({"STARTING", "UPDATING", "RECOVERING", "RUNNING", "STOPPING", "PENDING_MIGRATION"})
+_PLACED = ANSWERING | {"STARTING", "STOPPING"}
 
 
 class TargetUnavailable(RoundhouseError):
@@ -148,7 +149,7 @@ def application(name: str, entry: Mapping[str, Any]) -> Application:
         config=entry.get("deployed_app_config") or {},
         deployed_at=entry.get("last_deployed_time_s", 0.0),
         wanted=sum(deployment.get("target_num_replicas", 0) for deployment in deployments),
-        running=sum(replica["state"] == "RUNNING" for _, replica in replicas),
+        running=sum(replica["state"] in ANSWERING for _, replica in replicas),
         waiting=sum(
             replica["state"] in ("STARTING", "PENDING") and not replica.get("node_id") for _, replica in replicas
         ),

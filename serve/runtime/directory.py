@@ -15,7 +15,7 @@ from typing import Any
 import ray.serve as ray_serve
 
 from serve.api.directory import ModelStatus, version_of
-from serve.applications import application_name
+from serve.applications import ANSWERING, application_name
 from serve.runtime import phases
 
 logger = logging.getLogger("ray.serve")
@@ -80,7 +80,7 @@ def model_status(
     phase, message = "queued", "waiting for a replica"
     if application is not None:
         for deployment in application.deployments.values():
-            running += deployment.replica_states.get("RUNNING", 0)
+            running += sum(count for state, count in deployment.replica_states.items() if state in ANSWERING)
             target += sum(deployment.replica_states.values())
         if running:
             phase, message = "ready", ""

@@ -57,6 +57,8 @@ def test_a_request_that_a_replica_tells_is_shown():
             "ready",
             "its sentence",
         ),
+        (application("DEPLOYING", PENDING_MIGRATION=1, STARTING=1), said("loading"), "ready", ""),
+        (application("DEPLOYING", RECOVERING=1), said("ready"), "ready", ""),
         (application("DEPLOY_FAILED", "why"), None, "failed", "why"),
         (application("DEPLOY_FAILED", "a traceback"), said("failed", "its sentence"), "failed", "its sentence"),
         (application("UNHEALTHY", STARTING=1), said("ready"), "starting", "another is on its way"),

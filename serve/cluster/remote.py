@@ -7,7 +7,7 @@ from typing import Any
 
 from kubernetes import config as kube_config
 
-from serve.cluster.kube import ApiUnavailable, Cluster, Conflict, connect
+from serve.cluster.kube import ApiUnavailable, Cluster, Missing, connect
 
 
 def namespace_of(context: str) -> str:
@@ -36,7 +36,7 @@ def fetch_models(context: str, namespace: str | None) -> tuple[str, list[dict[st
     found = namespace or namespace_of(context)
     try:
         return found, Cluster(connect(context), found).list_models()[0]
-    except Conflict as error:
+    except Missing as error:
         raise ApiUnavailable("the cluster has no Model resource; install the chart first") from error
 
 

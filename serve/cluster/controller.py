@@ -232,6 +232,9 @@ class Controller:
             except ApiUnavailable as error:
                 holds = self._leadership.holds
                 logger.warning("the lease could not be renewed: %s", error)
+            except Missing:
+                holds = False
+                logger.warning("there is no Lease to hold, so nobody acts; a `helm upgrade` makes it again")
             if holds != held:
                 held = holds
                 logger.info("this controller acts" if holds else "another controller acts; waiting")

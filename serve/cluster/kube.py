@@ -131,23 +131,18 @@ class Cluster:
         """Ask for every Model of the namespace to go."""
         self.call("DELETE", self._objects)
 
-    def get_lease(self, name: str) -> dict[str, Any] | None:
-        """Return a Lease (coordination.k8s.io/v1), or None where there is none."""
-        try:
-            return self.call("GET", f"{self._leases}/{name}")
-        except Missing:
-            return None
+    def get_lease(self, name: str) -> dict[str, Any]:
+        """Return a Lease (coordination.k8s.io/v1); raises Missing."""
+        return self.call("GET", f"{self._leases}/{name}")
 
-    def put_lease(self, name: str, spec: Mapping[str, Any], *, version: str | None) -> dict[str, Any]:
-        """Create a Lease, or replace the one at `version`; raises Conflict where another was quicker."""
+    def put_lease(self, name: str, spec: Mapping[str, Any], *, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        """Replace the Lease that has `metadata`; raises Conflict where another was quicker, and Missing."""
         body: dict[str, Any] = {
             "apiVersion": "coordination.k8s.io/v1",
             "kind": "Lease",
-            "metadata": {"name": name} | ({"resourceVersion": version} if version else {}),
+            "metadata": metadata,
             "spec": spec,
         }
-        if version is None:
-            return self.call("POST", self._leases, body=body)
         return self.call("PUT", f"{self._leases}/{name}", body=body)
 
     @property

@@ -6,7 +6,7 @@ import datetime
 from collections.abc import Callable
 from typing import Any
 
-from serve.cluster.kube import TIMEOUT_S, Cluster, Conflict
+from serve.cluster.kube import TIMEOUT_S, Cluster, Conflict, Missing
 
 #: Longer than any one write may take, so that none lands when another controller acts already.
 DURATION_S = 45
@@ -16,8 +16,10 @@ RENEW_S = 5.0
 class Leadership:
     """One controller's side of a Lease.
 
-    A holder trusts its own clock alone: it counts itself out `DURATION_S` after it began the last renewal that went
-    through. Another takes a Lease over once it has itself seen it unchanged for that long, so clocks need not agree.
+    The Lease is made, and removed, with the rest of the installation: here it is only taken and left, so that none is
+    left behind. A holder trusts its own clock alone: it counts itself out `DURATION_S` after it began the last renewal
+    that went through. Another takes a Lease over once it has itself seen it unchanged for that long, so clocks need
+    not agree.
 
     Args:
         identity: Of this process, unlike any other's.
@@ -52,33 +54,35 @@ class Leadership:
 
         Raises:
             ApiUnavailable: What was held is held until it runs out.
+            Missing: There is no such Lease; nothing is held.
         """
         began = self._clock()
         try:
             lease = self._cluster.get_lease(self._name)
-            if lease is not None and not self._may_take(lease, began):
+            if not self._may_take(lease, began):
                 self._held_until = float("-inf")
                 return False
-            version = lease["metadata"]["resourceVersion"] if lease else None
-            self._cluster.put_lease(self._name, self._spec(lease["spec"] if lease else {}), version=version)
+            self._cluster.put_lease(self._name, self._spec(lease.get("spec", {})), metadata=lease["metadata"])
         except Conflict:
             self._held_until = float("-inf")
             return False
+        except Missing:
+            self._held_until = float("-inf")
+            raise
         self._held_until = began + DURATION_S
         return True
 
     def give_up(self) -> None:
-        """Let the next controller act at once; raises ApiUnavailable."""
+        """Let the next controller act at once; raises ApiUnavailable, Conflict and Missing."""
         if not self.holds:
             return
         self._held_until = float("-inf")
         lease = self._cluster.get_lease(self._name)
-        if lease is not None and lease["spec"].get("holderIdentity") == self._identity:
-            spec = lease["spec"] | {"holderIdentity": ""}
-            self._cluster.put_lease(self._name, spec, version=lease["metadata"]["resourceVersion"])
+        if lease.get("spec", {}).get("holderIdentity") == self._identity:
+            self._cluster.put_lease(self._name, lease["spec"] | {"holderIdentity": ""}, metadata=lease["metadata"])
 
     def _may_take(self, lease: dict[str, Any], now: float) -> bool:
-        holder = lease["spec"].get("holderIdentity", "")
+        holder = lease.get("spec", {}).get("holderIdentity", "")
         if holder in ("", self._identity):
             return True
         version = lease["metadata"]["resourceVersion"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ from serve.errors import RoundhouseError
 
 _REPLICA_TITLE = "ray::ServeReplica"
 _POLL_S = 0.5
+_CONNECT_S = 3.0
 # The proxies of other nodes learn within this that a replica is gone.
 _LAST_REQUESTS_S = 5.0
 
@@ -22,7 +24,8 @@ class DrainError(RoundhouseError):
 def drain_node(head: str, *, address: str, deadline_s: float, say: Callable[[str], None]) -> None:
     """Have Ray place this node's replicas elsewhere, and return when none is left here, or at the deadline.
 
-    A head that is being replaced as well is waited for: without it nobody would take the replicas over.
+    A head that is being replaced as well is waited for: without it nobody would take the replicas over. One whose name
+    is gone will not come back, and nothing is waited for.
 
     Args:
         head: `host:port` of Ray's control store.
@@ -33,7 +36,9 @@ def drain_node(head: str, *, address: str, deadline_s: float, say: Callable[[str
         DrainError: Ray has not answered by the deadline, does not know the node, or refuses.
     """
     ends = time.monotonic() + deadline_s
-    _until_asked(head, address, ends, say)
+    if not _asked(head, address, ends, say):
+        say(f"{head} is no name any more: the platform is going, and nobody takes the replicas over")
+        return
     say(f"{address} is draining; at most {deadline_s:g} s")
     left: int | None = None
     while time.monotonic() < ends:
@@ -59,15 +64,22 @@ def replicas_here() -> list[int]:
 
 
 class _HeadIsAway(DrainError):
-    """Ray's control store does not answer."""
+    """Ray's control store does not answer; `for_good` where its name is gone too."""
+
+    def __init__(self, head: str, error: Exception) -> None:
+        super().__init__(f"Ray's control store at {head} does not answer: {error}")
+        self.for_good = isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME
 
 
-def _until_asked(head: str, address: str, ends: float, say: Callable[[str], None]) -> None:
+def _asked(head: str, address: str, ends: float, say: Callable[[str], None]) -> bool:
     told = False
     while True:
         try:
-            return _ask_to_drain(head, address, ends - time.monotonic())
+            _ask_to_drain(head, address, ends - time.monotonic())
+            return True
         except _HeadIsAway as error:
+            if error.for_good:
+                return False
             if time.monotonic() > ends:
                 raise
             if not told:
@@ -81,7 +93,10 @@ def _ask_to_drain(head: str, address: str, deadline_s: float) -> None:
     from ray.core.generated import autoscaler_pb2, gcs_pb2
 
     alive = gcs_pb2.GcsNodeInfo.GcsNodeState.ALIVE
+    host, _, port = head.rpartition(":")
     try:
+        # Ray's own client takes forty seconds to find that nobody is there.
+        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
         client = GcsClient(address=head)
         nodes = [
             node.node_id.hex()
@@ -89,7 +104,7 @@ def _ask_to_drain(head: str, address: str, deadline_s: float) -> None:
             if node.node_manager_address == address and node.state == alive
         ]
     except Exception as error:
-        raise _HeadIsAway(f"Ray's control store at {head} does not answer: {error}") from error
+        raise _HeadIsAway(head, error) from error
     if not nodes:
         raise DrainError(
             f"Ray has no node that is alive at {address}; --node-ip takes the address given to `ray start`"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
+from urllib.parse import quote
 
 import orjson
 from fastapi import FastAPI
@@ -36,12 +38,19 @@ from serve.settings import Settings
 _PASSED_ON = (
     b"content-type", b"accept", b"x-request-id", b"traceparent", b"tracestate", b"baggage", b"x-request-timeout-ms",
 )  # fmt: skip
-_PASSED_BACK = (
-    b"content-type", b"content-encoding", b"cache-control", b"retry-after", b"x-request-id", b"x-should-retry",
-)  # fmt: skip
+# What concerns one connection alone (RFC 9110, section 7.6.1), or is written anew for each.
+_OF_ONE_HOP = frozenset((
+    b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te", b"trailer",
+    b"transfer-encoding", b"upgrade", b"content-length", b"host", b"expect", b"date", b"server",
+))  # fmt: skip
+# A request that one of these applications passes on says so; where it comes back to one, it found no replica.
+_PASSED_ALONG = b"x-roundhouse-passed-along"
+_UNROUTED = b"x-roundhouse-unrouted"
 _STATES = {"ready": "READY", "failed": "UNAVAILABLE", "draining": "UNLOADING"}
 _EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"]
 _ROUTE_RETRY_S = 1.0
+_ROUTE_WAIT_S = 10.0
+_ROUTE_POLL_S = 0.2
 _ARRIVING_BYTES = 256 * 2**20
 
 
@@ -165,10 +174,23 @@ class GatewayRoutes:
         )
         await send_bytes(send, 200, [(b"content-type", b"text/html; charset=utf-8"), *echoed(headers)], page.encode())
 
-    async def _unrouted(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:  # noqa: ARG002
-        """Answer for a model: what has a route does not arrive here."""
-        status = find(self._directory, scope["path_params"]["name"])
-        raise _unreachable(status)
+    async def _unrouted(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
+        """Answer for a model to which the proxy knew no way: it is not ready, or the proxy has not heard of it yet."""
+        name = scope["path_params"]["name"]
+        status = find(self._directory, name)
+        if _PASSED_ALONG in headers:
+            await send_bytes(send, 503, [(_UNROUTED, b"1")], b"")
+            return
+        if not status.ready:
+            raise not_ready(status)
+        body = await read_body(headers, receive, limit=status.max_request_bytes, uploads=self._uploads)
+        passed = [
+            (key, value) for key, value in headers.items() if key not in _OF_ONE_HOP and key != b"content-encoding"
+        ]
+        query = scope.get("query_string", b"").decode("latin-1")
+        path = quote(scope["path"]) + (f"?{query}" if query else "")
+        async with self._watching(receive):
+            await self._deliver(name, scope["method"], path, passed, body, send)
 
     # Hot routes
 
@@ -188,17 +210,36 @@ class GatewayRoutes:
                 raise not_ready(status)
             passed = [(key, headers[key]) for key in _PASSED_ON if key in headers]
             path = f"/v2/models/{name}/v1/{endpoint}"
-            watch = cancelled_on_disconnect(receive) if self._watch else contextlib.nullcontext()
-            async with watch:
-                await self._pass_on(name, path, passed, body, send)
+            async with self._watching(receive):
+                await self._deliver(name, "POST", path, passed, body, send)
 
         return answer
 
-    async def _pass_on(self, name: str, path: str, headers: Headers, body: bytes, send: Send) -> None:
+    def _watching(self, receive: Receive) -> contextlib.AbstractAsyncContextManager[None]:
+        return cancelled_on_disconnect(receive) if self._watch else contextlib.nullcontext()
+
+    async def _deliver(self, name: str, method: str, path: str, headers: Headers, body: bytes, send: Send) -> None:
+        """Pass a request on to a replica of a model that is ready.
+
+        Proxies learn of a new replica within moments, each in its own time: until one does, nothing was computed, and
+        the request is sent again.
+        """
+        headers.append((_PASSED_ALONG, b"1"))
+        ends = time.monotonic() + _ROUTE_WAIT_S
+        while not await self._pass_on(name, method, path, headers, body, send):
+            status = find(self._directory, name)
+            if not status.ready or time.monotonic() > ends:
+                raise _unreachable(status)
+            await asyncio.sleep(_ROUTE_POLL_S)
+
+    async def _pass_on(self, name: str, method: str, path: str, headers: Headers, body: bytes, send: Send) -> bool:
+        """Return whether it was answered; where it was not, it reached no replica."""
         is_started = False
         is_events = False
         try:
-            async with self._upstream.exchange("POST", path, headers, body) as reply:
+            async with self._upstream.exchange(method, path, headers, body) as reply:
+                if _UNROUTED in reply.headers:
+                    return False
                 is_events = reply.headers.get(b"content-type", b"").startswith(b"text/event-stream")
                 if not is_events and reply.status >= 400:
                     await self._check_refusal(name, reply)
@@ -215,6 +256,7 @@ class GatewayRoutes:
                 raise lost from error
             event = orjson.dumps(openai_shape(*describe(lost)))
             await send({"type": "http.response.body", "body": b"data: " + event + b"\n\n", "more_body": False})
+        return True
 
     async def _check_refusal(self, name: str, reply: Reply) -> None:
         """Turn what the proxy or Ray says in its own words into the protocol's; a replica always answers in JSON."""
@@ -239,7 +281,7 @@ class GatewayRoutes:
 
 
 def _head(reply: Reply, part: bytes, more: bool) -> Headers:
-    headers = [(key, reply.headers[key]) for key in _PASSED_BACK if key in reply.headers]
+    headers = [(key, value) for key, value in reply.headers.items() if key not in _OF_ONE_HOP]
     if not more:
         headers.append((b"content-length", b"%d" % len(part)))
     elif b"content-length" in reply.headers:

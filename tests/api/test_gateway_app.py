@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -242,3 +242,54 @@ async def test_pages_list_every_model_and_load_nothing_from_elsewhere() -> None:
             assert "&lt;b&gt;why" in page
             assert "<script" not in page
             assert "src=" not in page
+
+
+class Watched(Models):
+    """A directory that does something as soon as it is asked for the third time."""
+
+    def __init__(self, then: Callable[[Models], None]) -> None:
+        super().__init__({"embed": "ready"})
+        self.asked = 0
+        self.then = then
+
+    def models(self) -> list[ModelStatus]:
+        self.asked += 1
+        if self.asked == 3:
+            self.then(self)
+        return super().models()
+
+
+@asynccontextmanager
+async def proxied(front: Front, models: Models) -> AsyncIterator[httpx.AsyncClient]:
+    """Serve a front whose unknown paths go to the gateway, which passes requests on to that front."""
+    async with listening(front) as url:
+        front.gateway = build_gateway_app(models, settings=SETTINGS, base_url=url, watch_disconnect=True)
+        async with httpx.AsyncClient(base_url=url) as client:
+            yield client
+
+
+ASKED = {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": ["a b"]}]}
+
+
+async def test_a_request_to_a_ready_model_waits_until_the_proxy_knows_it() -> None:
+    async with hosted(spec("text-embedding", name="embed"), Embedder()) as embed:
+        app = build_model_app(embed, settings=SETTINGS)
+        for path, body in (("/v2/models/embed/infer", ASKED), ("/v1/embeddings", {"model": "embed", "input": "a b"})):
+            front = Front({})
+            models = Watched(lambda _, front=front: front.apps.update(embed=app))
+            async with proxied(front, models) as client:
+                reply = await client.post(path, json=body, headers={"x-request-id": "r 1"})
+                assert reply.status_code == 200, reply.text
+                assert reply.headers["x-request-id"] == "r 1"
+                assert models.asked >= 3
+        front = Front({})
+        async with proxied(front, Watched(lambda _: front.apps.update(embed=app))) as client:
+            reply = await client.get("/v2/models/embed/ready")
+            assert reply.status_code == 200, reply.text
+
+
+async def test_a_model_that_stops_being_ready_is_waited_for_no_longer() -> None:
+    for path, body in (("/v2/models/embed/infer", ASKED), ("/v1/embeddings", {"model": "embed", "input": "a b"})):
+        async with proxied(Front({}), Watched(lambda models: models.phases.update(embed="loading"))) as client:
+            reply = await client.post(path, json=body)
+            assert refused(reply)[:2] == (503, "model 'embed' is not ready (loading)")

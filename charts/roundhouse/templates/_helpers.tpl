@@ -149,7 +149,7 @@ securityContext:
     claimName: {{ default (printf "%s-cache" (include "roundhouse.fullname" .)) .Values.cache.existingClaim }}
 {{- else if eq .Values.cache.type "hostPath" }}
   hostPath:
-    path: {{ required "cache.hostPath names the folder on the nodes" .Values.cache.hostPath }}
+    path: {{ .Values.cache.hostPath }}
     type: DirectoryOrCreate
 {{- else }}
   emptyDir: {}

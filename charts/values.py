@@ -100,6 +100,10 @@ class Autoscaling(Part):
 class KubeRay(Part):
     """What only KubeRay has."""
 
+    upgrade_strategy: Literal["NewCluster", "None"] = Field(
+        "NewCluster",
+        description="When its pods change: a new cluster beside the old one, which takes twice the room, or nothing.",
+    )
     autoscaling: Autoscaling = Autoscaling()
     operator_namespace: str = Field(
         "", description="Namespace of its operator, which network policies let in; empty lets in that of any."

@@ -55,13 +55,18 @@ def not_restricted(pod: Pod) -> Iterator[str]:
         if {*volume} - {"name"} - ALLOWED_VOLUMES:
             yield f"volume {volume['name']}"
     for container in (*pod.spec["containers"], *pod.spec.get("initContainers", ())):
-        own = container["securityContext"]
-        if own.get("allowPrivilegeEscalation") is not False or own.get("privileged"):
-            yield "may gain privileges"
-        if own.get("capabilities", {}).get("drop") != ["ALL"] or own["capabilities"].get("add"):
-            yield "keeps capabilities"
-        if any("hostPort" in port for port in container.get("ports", ())):
-            yield "takes a port of the node"
+        yield from not_restricted_container(container)
+
+
+def not_restricted_container(container: dict[str, Any]) -> Iterator[str]:
+    """Yield what Pod Security "restricted" refuses of a container."""
+    own = container["securityContext"]
+    if own.get("allowPrivilegeEscalation") is not False or own.get("privileged"):
+        yield "may gain privileges"
+    if own.get("capabilities", {}).get("drop") != ["ALL"] or own["capabilities"].get("add"):
+        yield "keeps capabilities"
+    if any("hostPort" in port for port in container.get("ports", ())):
+        yield "takes a port of the node"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -210,7 +215,7 @@ def test_an_ingress_leads_to_the_inference_service():
     [rule] = ingress["spec"]["rules"]
     backend = rule["http"]["paths"][0]["backend"]["service"]
     [service] = [each for each in of("ingress", "Service") if each["metadata"]["name"] == backend["name"]]
-    assert backend["port"]["name"] in {port["name"] for port in service["spec"]["ports"]}
+    assert backend["port"]["number"] in {port["port"] for port in service["spec"]["ports"]}
     assert ingress["spec"]["tls"] == [{"hosts": ["models.example.com"], "secretName": "models-example-com"}]
     assert "--public-url=https://models.example.com" in text("ingress")
 
@@ -304,6 +309,98 @@ def test_what_a_site_adds_is_there():
     assert "eks.amazonaws.com/role-arn" not in accounts["rh-serving-controller"]
 
 
+def kuberay() -> dict[str, Any]:
+    return only("kuberay", "RayService")["spec"]
+
+
+def test_kuberay_gets_a_rayservice_in_place_of_the_pods():
+    kinds = {each["kind"] for each in objects("kuberay")}
+    assert not kinds & {"StatefulSet", "PersistentVolumeClaim", "Service"}
+    assert [each["metadata"]["name"] for each in of("kuberay", "Deployment")] == ["rh-roundhouse-controller"]
+    name = only("kuberay", "RayService")["metadata"]["name"]
+    assert re.fullmatch("[a-z][-a-z0-9]{0,46}", name)
+    assert f"--rayservice={name}" in text("kuberay")
+    assert "--ray-url" not in text("kuberay")
+    # The controller writes it; what the chart wrote as well, each upgrade would take back.
+    assert "serveConfigV2" not in kuberay()
+
+
+def test_the_controller_may_write_only_its_rayservice():
+    rules = {each["metadata"]["name"]: each["rules"] for each in of("kuberay", "Role")}["rh-roundhouse-controller"]
+    [rule] = [rule for rule in rules if rule["apiGroups"] == ["ray.io"]]
+    assert rule["verbs"] == ["get", "patch"]
+    assert rule["resourceNames"] == ["rh-roundhouse"]
+    for role in of("default", "Role"):
+        assert "ray.io" not in str(role["rules"])
+
+
+def test_kuberays_service_is_where_controller_and_callers_look():
+    service = kuberay()["serveService"]
+    [port] = service["spec"]["ports"]
+    url = f"http://{service['metadata']['name']}.{NAMESPACE}.svc:{port['port']}"
+    assert f"--gateway-url={url}" in text("kuberay")
+    # KubeRay takes a port over only under the name that the head's own has.
+    head = kuberay()["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    assert port["name"] == "serve"
+    assert port["name"] in {each["name"] for each in head["ports"]}
+    assert port["nodePort"] == 30080
+    assert kuberay()["excludeHeadPodFromServeSvc"] is True
+
+
+def test_kuberays_cluster_keeps_its_rules():
+    cluster = kuberay()["rayClusterConfig"]
+    assert cluster["authOptions"] == {"mode": "token", "secretName": "rh-roundhouse-ray-token"}
+    assert cluster["rayVersion"].startswith("2.60")
+    assert cluster["gcsFaultToleranceOptions"]["storage"] == {"size": "2Gi", "storageClassName": "fast"}
+    assert cluster["enableInTreeAutoscaling"] is True
+    cpu, gpu = cluster["workerGroupSpecs"]
+    assert (cpu["replicas"], cpu["minReplicas"], cpu["maxReplicas"]) == (2, 2, 6)
+    assert (gpu["replicas"], gpu["minReplicas"], gpu["maxReplicas"]) == (0, 0, 3)
+    assert gpu["rayStartParams"]["resources"] == """'{"accelerator_type:L4": 1}'"""
+    for group in (cluster["headGroupSpec"], cpu, gpu):
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+        assert group["template"]["metadata"]["annotations"]["ray.io/overwrite-container-cmd"] == "true"
+        pod = group["template"]["spec"]
+        # The operator adds these itself and refuses what has them, or restarts that are not its own.
+        assert not {each["name"] for each in pod["containers"][0]["env"]} & {"RAY_gcs_storage", "RAY_gcs_storage_path"}
+        assert "gcs-storage" not in {volume["name"] for volume in pod["volumes"]}
+        assert "restartPolicy" not in pod
+        assert "KUBERAY_GEN_RAY_START_CMD" in pod["containers"][0]["args"][0]
+        # A label with the chart's version would replace the cluster at each upgrade.
+        assert "helm.sh/chart" not in group["template"]["metadata"]["labels"]
+    assert "$FQ_RAY_IP:6379" in str(cpu["template"]["spec"]["containers"][0]["lifecycle"])
+
+
+def test_only_the_head_of_kuberay_calls_the_api():
+    cluster = kuberay()["rayClusterConfig"]
+    assert cluster["headGroupSpec"]["template"]["spec"]["automountServiceAccountToken"] is True
+    for group in cluster["workerGroupSpecs"]:
+        assert group["template"]["spec"]["automountServiceAccountToken"] is False
+    assert not list(not_restricted_container(cluster["autoscalerOptions"]))
+
+
+def test_kuberays_operator_reaches_the_head_and_nobody_else_does():
+    policies = {each["metadata"]["name"]: each["spec"] for each in of("kuberay", "NetworkPolicy")}
+    [rule] = policies["rh-roundhouse-dashboard"]["ingress"]
+    assert rule["from"] == [
+        {
+            "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kuberay-system"}},
+            "podSelector": {"matchLabels": {"app.kubernetes.io/name": "kuberay-operator"}},
+        }
+    ]
+    assert {port["port"] for port in rule["ports"]} == {8000, 8265}
+
+
+def test_budgets_of_kuberays_pods_count_those_that_stay():
+    budgets = {each["metadata"]["name"]: each["spec"] for each in of("kuberay", "PodDisruptionBudget")}
+    assert budgets["rh-roundhouse-worker-cpu"]["minAvailable"] == 1
+    assert budgets["rh-roundhouse-worker-gpu"]["minAvailable"] == 0
+    words = ("--set-json", 'ray={"provider":"kuberay","workerGroups":{"cpu":{"replicas":8}}}')
+    done = helm("helm", *words, "--set", "podDisruptionBudget.maxUnavailable=25%")
+    [budget] = [each for each in yaml.safe_load_all(done.stdout) if each and each["kind"] == "PodDisruptionBudget"]
+    assert budget["spec"]["minAvailable"] == 6
+
+
 def test_the_definition_stays_where_it_is_asked_to():
     assert "--remove-crd" not in text("no-persistence")
     assert "--remove-crd" in text("default")
@@ -357,6 +454,10 @@ SMALL = {"name": "a", "task": "forecast", "source": "hf:m/x"}
         (
             {"ray.provider": "kuberay", "ray.workerGroups.cpu.maxReplicas": 1},
             "ray.workerGroups.cpu: maxReplicas, 1, is below replicas, 2",
+        ),
+        (
+            {"ray.provider": "kuberay", "gcs.persistence.existingClaim": "mine"},
+            "gcs.persistence.existingClaim would be written by two heads",
         ),
         ({"cache.type": "hostPath"}, "cache.hostPath is empty"),
         ({"cache.existingClaim": "mine"}, "set cache.type to pvc"),

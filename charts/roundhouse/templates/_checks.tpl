@@ -1,5 +1,8 @@
 {{/* Fails where a kind of cache or of entrance lacks what it needs. */}}
 {{- define "roundhouse.checkPlaces" -}}
+{{- if and (eq .Values.ray.provider "kuberay") .Values.gcs.persistence.existingClaim (eq .Values.ray.kuberay.upgradeStrategy "NewCluster") }}
+{{- fail "gcs.persistence.existingClaim would be written by two heads while KubeRay replaces a cluster; leave it empty, or set ray.kuberay.upgradeStrategy to None" }}
+{{- end }}
 {{- $cache := .Values.cache }}
 {{- if and (eq $cache.type "hostPath") (not $cache.hostPath) }}
 {{- fail "cache.type is hostPath and cache.hostPath is empty; give it the folder on the nodes, such as /var/cache/roundhouse" }}

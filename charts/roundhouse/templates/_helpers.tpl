@@ -159,9 +159,51 @@ securityContext:
 {{- end }}
 {{- end }}
 
-{{/* Ports that Ray's pods reach each other on; fixed, so that policies can name them. */}}
-{{- define "roundhouse.rayPorts" -}}
---node-manager-port=6380 --object-manager-port=6381 --runtime-env-agent-port=6382 --dashboard-agent-grpc-port=6383 --dashboard-agent-listen-port=6384 --metrics-export-port=6385 --min-worker-port=10002 --max-worker-port=19999
+{{/* Parameters of `ray start` on every node. Ports are fixed, so that probes and policies can name them. */}}
+{{- define "roundhouse.nodeParams" -}}
+node-ip-address: $POD_IP
+object-store-memory: "83886080"
+node-manager-port: "6380"
+object-manager-port: "6381"
+runtime-env-agent-port: "6382"
+dashboard-agent-grpc-port: "6383"
+dashboard-agent-listen-port: "6384"
+metrics-export-port: "6385"
+min-worker-port: "10002"
+max-worker-port: "19999"
+{{- end }}
+
+{{- define "roundhouse.headParams" -}}
+{{ include "roundhouse.nodeParams" . }}
+port: "6379"
+dashboard-host: 0.0.0.0
+dashboard-port: "8265"
+ray-client-server-port: "10001"
+num-cpus: "0"
+num-gpus: "0"
+{{- end }}
+
+{{/* Takes a group of workers. */}}
+{{- define "roundhouse.workerParams" -}}
+{{ include "roundhouse.nodeParams" . }}
+num-cpus: {{ .cpus | quote }}
+num-gpus: {{ .gpus | quote }}
+{{- with .acceleratorType }}
+resources: {{ printf `'{"accelerator_type:%s": 1}'` . | quote }}
+{{- end }}
+{{- end }}
+
+{{/*
+The shell's words that run Ray until a signal ends it. Takes (dict "root" "node" "params"). KubeRay adds to the parameters
+and hands over the whole command.
+*/}}
+{{- define "roundhouse.rayStart" -}}
+{{- if eq .root.Values.ray.provider "kuberay" -}}
+eval "exec $KUBERAY_GEN_RAY_START_CMD" &
+{{- else -}}
+ray start {{ .node }}{{ range $key, $value := fromYaml .params }} --{{ $key }}={{ $value }}{{ end }} --disable-usage-stats --block &
+{{- end }}
+{{ include "roundhouse.endOnSignal" . | trim }}
 {{- end }}
 
 {{/* Where a pod of the cluster sends requests to models. */}}
@@ -222,6 +264,15 @@ priorityClassName: {{ . }}
 {{- end }}
 {{- end }}
 {{- toYaml $worker }}
+{{- end }}
+
+{{/* How many workers stay of a group when as many as may leave. Takes (dict "workers" "leaving"), a count or a percentage. */}}
+{{- define "roundhouse.staying" -}}
+{{- $leaving := .leaving }}
+{{- if kindIs "string" $leaving }}
+{{- $leaving = div (mul .workers (trimSuffix "%" $leaving | int)) 100 | max 1 }}
+{{- end }}
+{{- max 0 (sub (int .workers) (int $leaving)) }}
 {{- end }}
 
 {{/* A mapping without nulls, which a Model cannot hold; a class's arguments keep theirs. */}}

@@ -1,0 +1,76 @@
+{{/* The pod of a worker, of either provider. Takes (dict "root" "worker"). */}}
+{{- define "roundhouse.workerPod" -}}
+{{- $root := .root -}}
+{{- $worker := .worker -}}
+{{- $head := printf "%s-head:6379" (include "roundhouse.fullname" .root) -}}
+{{- if eq .root.Values.ray.provider "kuberay" }}
+{{- $head = `"$FQ_RAY_IP:6379"` }}
+{{- end -}}
+serviceAccountName: {{ include "roundhouse.fullname" $root }}-ray
+automountServiceAccountToken: false
+{{- include "roundhouse.podSecurity" $root | nindent 0 }}
+{{- include "roundhouse.placement" $worker | nindent 0 }}
+{{- with $worker.runtimeClassName }}
+runtimeClassName: {{ . }}
+{{- end }}
+{{- with $worker.topologySpreadConstraints }}
+topologySpreadConstraints:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+terminationGracePeriodSeconds: {{ add $root.Values.ray.drainSeconds 30 }}
+containers:
+  - name: ray
+    image: {{ include "roundhouse.image" $root }}
+    imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+    {{- include "roundhouse.containerSecurity" $root | nindent 4 }}
+    command: [/bin/sh, -c]
+    args:
+      - |
+        {{- include "roundhouse.rayStart" (dict "root" $root "node" (printf "--address=%s" $head) "params" (include "roundhouse.workerParams" $worker)) | nindent 8 }}
+    env:
+      {{- include "roundhouse.rayEnv" $root | nindent 6 }}
+    {{- with $root.Values.extraEnvFrom }}
+    envFrom:
+      {{- toYaml . | nindent 6 }}
+    {{- end }}
+    ports:
+      - {name: serve, containerPort: 8000}
+      - {name: raylet, containerPort: 6380}
+    lifecycle:
+      preStop:
+        exec:
+          command:
+            - /bin/sh
+            - -c
+            - exec roundhouse drain-node --head {{ $head }} --node-ip "$POD_IP" --deadline-s {{ $root.Values.ray.drainSeconds }}
+    # The raylet's port opens when the worker has joined; traffic comes once a proxy runs here, beside a replica.
+    startupProbe:
+      tcpSocket: {port: raylet}
+      periodSeconds: 2
+      failureThreshold: 300
+    readinessProbe:
+      httpGet: {path: /-/healthz, port: serve}
+      periodSeconds: 2
+      failureThreshold: 2
+    livenessProbe:
+      tcpSocket: {port: raylet}
+      periodSeconds: 10
+      failureThreshold: 6
+    resources:
+      {{- if $worker.resources }}
+      {{- toYaml $worker.resources | nindent 6 }}
+      {{- else }}
+      requests:
+        cpu: {{ $worker.cpus }}
+        memory: {{ $worker.memory }}
+      limits:
+        memory: {{ $worker.memory }}
+        {{- if $worker.gpus }}
+        {{ $worker.gpuResource }}: {{ $worker.gpus }}
+        {{- end }}
+      {{- end }}
+    volumeMounts:
+      {{- include "roundhouse.rayMounts" $root | nindent 6 }}
+volumes:
+  {{- include "roundhouse.rayVolumes" $root | nindent 2 }}
+{{- end }}

@@ -8,10 +8,11 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
-from tests.chart.rendering import CASES, NAMESPACE, RELEASE, ROOT, objects, pods, text
+from tests.chart.rendering import CASES, NAMESPACE, RELEASE, ROOT, given, helm, objects, pods, text
 
 CHECKS = ROOT / ".tools" / "checks" / "bin"
 
@@ -72,6 +73,34 @@ def test_every_object_is_valid(minor, tmp_path: Path):
     # A kind that it does not know is only warned of.
     assert not [line for line in told if not line.startswith("INFO")]
     assert len(told) == len(made)
+
+
+NO_EXTRAS = (
+    "ray.provider=kuberay",
+    "ray.kuberay.upgradeStrategy=None",
+    "ray.kuberay.autoscaling.enabled=false",
+)
+
+
+@pytest.mark.parametrize(
+    ("case", "sets"),
+    [
+        ("kuberay", ()),
+        ("kuberay", ("gcs.persistence.enabled=false",)),
+        ("existing-secrets", NO_EXTRAS),
+        ("extra", NO_EXTRAS),
+        ("two-groups", NO_EXTRAS),
+    ],
+)
+def test_a_rayservice_has_only_fields_of_kuberay_1_7(case, sets):
+    words = [word for each in sets for word in ("--set", each)]
+    done = helm("helm", "--values", str(given(case)), *words)
+    assert done.returncode == 0, done.stderr
+    [service] = [each for each in yaml.safe_load_all(done.stdout) if each and each["kind"] == "RayService"]
+    schema = json.loads((Path(__file__).parent / "rayservice-1.7.schema.json").read_text())
+    jsonschema.Draft7Validator(schema).validate(service["spec"])
+    storage = service["spec"]["rayClusterConfig"].get("gcsFaultToleranceOptions", {}).get("storage", {})
+    assert not ("claimName" in storage and storage.keys() & {"size", "storageClassName", "accessModes"})
 
 
 def test_what_a_policy_checker_finds_is_meant(tmp_path: Path):

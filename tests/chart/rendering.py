@@ -37,6 +37,14 @@ def helm(program: str, *words: str, version: str = NEWEST) -> subprocess.Complet
     )
 
 
+def notes(case: str) -> str:
+    """Return what an install says at its end."""
+    command = [str(ROOT / ".tools" / "bin" / "helm"), "install", RELEASE, str(CHART), "--namespace", NAMESPACE]
+    words = ["--dry-run=client", "--kubeconfig", "/dev/null", "--values", str(given(case))]
+    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout.partition("NOTES:")[2]
+
+
 def given(case: str) -> Path:
     """Return the values of a case."""
     return CHART / "ci" / f"{case}-values.yaml"

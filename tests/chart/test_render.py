@@ -20,6 +20,7 @@ from tests.chart.rendering import (
     environment,
     given,
     helm,
+    notes,
     objects,
     of,
     only,
@@ -248,7 +249,23 @@ def test_only_rays_own_pods_reach_rays_ports():
     [callers] = policies["rh-roundhouse-inference"]["ingress"]
     assert {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "apps"}}} in callers["from"]
     assert callers["ports"] == [{"protocol": "TCP", "port": 8000}]
-    assert {"ipBlock": {"cidr": "10.20.0.0/16"}} in policies["rh-roundhouse-egress"]["egress"][2]["to"]
+    out = policies["rh-roundhouse-egress"]
+    assert {"ipBlock": {"cidr": "10.20.0.0/16"}} in out["egress"][2]["to"]
+    fetching = {pod.owner for pod in selected(out["podSelector"]["matchLabels"], made)}
+    assert fetching == {"Deployment/rh-roundhouse-worker-cpu"}
+
+
+@pytest.mark.parametrize(
+    ("case", "url"),
+    [
+        ("default", "http://127.0.0.1:8000/v1/embeddings"),
+        ("nodeport", "http://NODE:30080/v1/embeddings"),
+        ("ingress", "https://models.example.com/v1/embeddings"),
+        ("httproute", "https://models.example.com/v1/embeddings"),
+    ],
+)
+def test_the_notes_say_where_to_ask(case, url):
+    assert url in notes(case)
 
 
 def test_everybody_reaches_the_models_and_models_reach_everything_unless_told_otherwise():

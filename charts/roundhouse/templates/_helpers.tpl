@@ -96,6 +96,8 @@ securityContext:
     fieldRef:
       fieldPath: status.podIP
 {{ .Files.Get "files/ray-environment.yaml" }}
+- name: ROUNDHOUSE_PROXIES_URL
+  value: {{ include "roundhouse.inferenceUrl" . }}
 - name: RAY_AUTH_TOKEN_PATH
   value: /etc/roundhouse/token/auth_token
 - name: RAY_gcs_rpc_server_reconnect_timeout_s

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from charts.values import between_marks, values_schema, values_table
 from serve.applications import ENVIRONMENT
 from serve.cluster.crd import custom_resource_definition
 
@@ -22,12 +23,15 @@ _PORTS = {
 
 def generated() -> dict[Path, str]:
     """Return the files and what they should hold."""
+    readme = CHART / "README.md"
     variables = [{"name": name, "value": value} for name, value in (ENVIRONMENT | _PORTS).items()]
     return {
         CHART / "crds" / "model.yaml": yaml.safe_dump(custom_resource_definition(), sort_keys=False, width=120),
         CHART / "files" / "ray-environment.yaml": "\n".join(
             f"- name: {each['name']}\n  value: {json.dumps(each['value'])}" for each in variables
         ),
+        CHART / "values.schema.json": json.dumps(values_schema(), indent=2) + "\n",
+        readme: between_marks(readme.read_text(), values_table()),
     }
 
 

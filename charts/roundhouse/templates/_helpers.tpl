@@ -104,10 +104,21 @@ securityContext:
   value: "600"
 {{- range $name, $value := .Values.settings }}
 - name: ROUNDHOUSE_{{ upper (snakecase $name) }}
-  value: {{ $value | quote }}
+  value: {{ include "roundhouse.setting" $value | quote }}
 {{- end }}
 {{- with .Values.extraEnv }}
 {{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* A setting as a variable's text: lists with commas, and whole numbers without the exponent that Helm gives them. */}}
+{{- define "roundhouse.setting" -}}
+{{- if kindIs "slice" . }}
+{{- join "," . }}
+{{- else if and (kindIs "float64" .) (eq (floor .) .) }}
+{{- int64 . }}
+{{- else }}
+{{- . }}
 {{- end }}
 {{- end }}
 
@@ -140,7 +151,7 @@ securityContext:
     claimName: {{ default (printf "%s-cache" (include "roundhouse.fullname" .)) .Values.cache.existingClaim }}
 {{- else if eq .Values.cache.type "hostPath" }}
   hostPath:
-    path: {{ required "cache.hostPath names the folder on the nodes" .Values.cache.hostPath }}
+    path: {{ .Values.cache.hostPath }}
     type: DirectoryOrCreate
 {{- else }}
   emptyDir: {}
@@ -162,7 +173,9 @@ http://{{ include "roundhouse.fullname" . }}-inference.{{ .Release.Namespace }}.
 
 {{/* What callers should be told. */}}
 {{- define "roundhouse.publicUrl" -}}
-{{- if and .Values.ingress.enabled .Values.ingress.host -}}
+{{- if .Values.publicUrl -}}
+{{ .Values.publicUrl }}
+{{- else if and .Values.ingress.enabled .Values.ingress.host -}}
 http{{ if .Values.ingress.tlsSecretName }}s{{ end }}://{{ .Values.ingress.host }}
 {{- else -}}
 {{ include "roundhouse.inferenceUrl" . }}
@@ -188,13 +201,54 @@ priorityClassName: {{ . }}
 {{- end }}
 {{- end }}
 
-{{/* How many gateway replicas there are: by default one a worker, which makes every worker a way in. */}}
-{{- define "roundhouse.gatewayReplicas" -}}
+{{/* How many workers there are at least. */}}
+{{- define "roundhouse.workers" -}}
 {{- $workers := 0 }}
 {{- range .Values.ray.workerGroups }}
-{{- $workers = add $workers (dig "replicas" 1 .) }}
+{{- $workers = add $workers (include "roundhouse.worker" . | fromYaml).replicas }}
 {{- end }}
-{{- default $workers .Values.gateway.replicas }}
+{{- $workers }}
+{{- end }}
+
+{{/* How many gateway replicas there are: by default one a worker, which makes every worker a way in. */}}
+{{- define "roundhouse.gatewayReplicas" -}}
+{{- default (include "roundhouse.workers" .) .Values.gateway.replicas }}
+{{- end }}
+
+{{/* A group of workers with what it leaves out. Sprig's merge would take a 0 that is given for left out. */}}
+{{- define "roundhouse.worker" -}}
+{{- $worker := dict "replicas" 1 "cpus" 4 "memory" "8Gi" "gpus" 0 "gpuResource" "nvidia.com/gpu" "resources" dict }}
+{{- range $key, $value := . }}
+{{- if not (kindIs "invalid" $value) }}
+{{- $_ := set $worker $key $value }}
+{{- end }}
+{{- end }}
+{{- toYaml $worker }}
+{{- end }}
+
+{{/* A mapping without nulls, which a Model cannot hold; a class's arguments keep theirs. */}}
+{{- define "roundhouse.given" -}}
+{{- $given := dict }}
+{{- range $key, $value := . }}
+{{- if and (kindIs "map" $value) (ne $key "arguments") }}
+{{- $_ := set $given $key (include "roundhouse.given" $value | fromJson) }}
+{{- else if not (kindIs "invalid" $value) }}
+{{- $_ := set $given $key $value }}
+{{- end }}
+{{- end }}
+{{- toJson $given }}
+{{- end }}
+
+{{/* Bytes of a quantity such as 512Mi or a whole number. */}}
+{{- define "roundhouse.bytes" -}}
+{{- $text := include "roundhouse.setting" . }}
+{{- $suffix := regexFind "[A-Za-z]+$" $text }}
+{{- $powers := dict "" 0 "k" 1 "K" 1 "M" 2 "G" 3 "T" 4 "P" 5 }}
+{{- $bytes := trimSuffix $suffix $text | float64 }}
+{{- range until (get $powers (trimSuffix "i" $suffix)) }}
+{{- $bytes = mulf $bytes (ternary 1024 1000 (hasSuffix "i" $suffix)) }}
+{{- end }}
+{{- int64 $bytes }}
 {{- end }}
 
 {{/* The first process of a container ignores a signal that it does not handle, and Ray's handles none. */}}

@@ -1,0 +1,89 @@
+{{/* Fails where a kind of cache or of entrance lacks what it needs. */}}
+{{- define "roundhouse.checkPlaces" -}}
+{{- $cache := .Values.cache }}
+{{- if and (eq $cache.type "hostPath") (not $cache.hostPath) }}
+{{- fail "cache.type is hostPath and cache.hostPath is empty; give it the folder on the nodes, such as /var/cache/roundhouse" }}
+{{- end }}
+{{- if and $cache.existingClaim (ne $cache.type "pvc") }}
+{{- fail (printf "cache.existingClaim is %s and cache.type is %s; set cache.type to pvc" $cache.existingClaim $cache.type) }}
+{{- end }}
+{{- if and $cache.hostPath (ne $cache.type "hostPath") }}
+{{- fail (printf "cache.hostPath is %s and cache.type is %s; set cache.type to hostPath" $cache.hostPath $cache.type) }}
+{{- end }}
+{{- if and .Values.ingress.enabled (not .Values.ingress.host) }}
+{{- fail "ingress.enabled is true and ingress.host is empty; give it the host that callers use" }}
+{{- end }}
+{{- if and .Values.httpRoute.enabled (not .Values.httpRoute.parentRefs) }}
+{{- fail "httpRoute.enabled is true and httpRoute.parentRefs is empty; name the Gateway that the route belongs to" }}
+{{- end }}
+{{- if and .Values.service.nodePort (eq .Values.service.type "ClusterIP") }}
+{{- fail "service.nodePort is given and service.type is ClusterIP; set service.type to NodePort or LoadBalancer" }}
+{{- end }}
+{{- end }}
+
+{{/* Fails where there are no workers, or a group's numbers contradict each other. */}}
+{{- define "roundhouse.checkWorkers" -}}
+{{- $workers := 0 }}
+{{- range $name, $given := .Values.ray.workerGroups }}
+{{- $group := include "roundhouse.worker" $given | fromYaml }}
+{{- $most := int (default $group.replicas $group.maxReplicas) }}
+{{- if lt $most (int $group.replicas) }}
+{{- fail (printf "ray.workerGroups.%s: maxReplicas, %d, is below replicas, %d" $name $most (int $group.replicas)) }}
+{{- end }}
+{{- if and $group.maxReplicas (ne $.Values.ray.provider "kuberay") }}
+{{- fail (printf "ray.workerGroups.%s: maxReplicas is for ray.provider kuberay, which adds workers by itself; set replicas" $name) }}
+{{- end }}
+{{- $workers = add $workers $most }}
+{{- end }}
+{{- if not $workers }}
+{{- fail "ray.workerGroups has no worker; give a group replicas, since the head runs no model" }}
+{{- end }}
+{{- end }}
+
+{{/* Fails where a model contradicts itself, another, or every worker. */}}
+{{- define "roundhouse.checkModels" -}}
+{{- $seen := dict }}
+{{- range .Values.models }}
+{{- $place := printf "models: %s" .name }}
+{{- if hasKey $seen .name }}
+{{- fail (printf "%s is declared more than once" $place) }}
+{{- end }}
+{{- $_ := set $seen .name true }}
+{{- if and (hasPrefix "file:" .source) (not (hasPrefix "file:/" .source)) }}
+{{- fail (printf "%s: source %s is relative, and a cluster has no folder of the declaration; give a path in the image or on a mounted volume, such as file:/models/%s" $place .source .name) }}
+{{- end }}
+{{- $scaling := default dict .scaling }}
+{{- $least := int (default 1 $scaling.min_replicas) }}
+{{- $most := int (default 1 $scaling.max_replicas) }}
+{{- if lt $most $least }}
+{{- fail (printf "%s: scaling.max_replicas, %d, is below min_replicas, %d" $place $most $least) }}
+{{- end }}
+{{- include "roundhouse.checkSize" (dict "root" $ "place" $place "resources" (default dict .resources)) }}
+{{- end }}
+{{- end }}
+
+{{/* Fails where no worker has room for one replica, beside a gateway where each worker has one. */}}
+{{- define "roundhouse.checkSize" -}}
+{{- $cpus := default 1 .resources.cpus }}
+{{- $gpus := default 0 .resources.gpus }}
+{{- $memory := include "roundhouse.bytes" (default 0 .resources.memory) | int64 }}
+{{- $workers := include "roundhouse.workers" .root | int }}
+{{- $kept := ternary 0.01 0.0 (ge (include "roundhouse.gatewayReplicas" .root | int) $workers) }}
+{{- $sizes := list }}
+{{- $fits := false }}
+{{- $gpuGroup := false }}
+{{- range $name, $given := .root.Values.ray.workerGroups }}
+{{- $group := include "roundhouse.worker" $given | fromYaml }}
+{{- $own := dig "limits" "memory" $group.memory $group.resources | toString }}
+{{- $sizes = append $sizes (printf "%s has %v CPUs, %v GPUs, %s" $name $group.cpus $group.gpus $own) }}
+{{- $gpuGroup = or $gpuGroup (gt (float64 $group.gpus) 0.0) }}
+{{- $room := and (le (addf $cpus $kept) (float64 $group.cpus)) (le (float64 $gpus) (float64 $group.gpus)) }}
+{{- $fits = or $fits (and $room (le $memory (include "roundhouse.bytes" $own | int64))) }}
+{{- end }}
+{{- if and (gt (float64 $gpus) 0.0) (not $gpuGroup) }}
+{{- fail (printf "%s: resources.gpus is %v and no group of ray.workerGroups has GPUs; give one gpus: %v" .place $gpus (ceil $gpus)) }}
+{{- end }}
+{{- if not $fits }}
+{{- fail (printf "%s: one replica takes %v CPUs, %v GPUs, %v of memory, more than any worker has%s (%s)" .place $cpus $gpus (default "any amount" .resources.memory) (ternary " beside the gateway's 0.01 CPUs" "" (gt $kept 0.0)) (join "; " $sizes)) }}
+{{- end }}
+{{- end }}

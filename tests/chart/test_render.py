@@ -1,0 +1,390 @@
+"""What the chart renders to, for each of its example values, on both Helms and the oldest and newest Kubernetes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+
+from serve.settings import Settings
+from tests.chart.rendering import (
+    CASES,
+    HELMS,
+    NAMESPACE,
+    NEWEST,
+    OLDEST,
+    Pod,
+    environment,
+    given,
+    helm,
+    objects,
+    of,
+    only,
+    pods,
+    refusal,
+    text,
+)
+
+#: Kinds of volumes that Pod Security "restricted" allows.
+ALLOWED_VOLUMES = {
+    "configMap",
+    "csi",
+    "downwardAPI",
+    "emptyDir",
+    "ephemeral",
+    "persistentVolumeClaim",
+    "projected",
+    "secret",
+}
+CLUSTER_WIDE = {"ClusterRole", "ClusterRoleBinding"}
+
+
+def not_restricted(pod: Pod) -> Iterator[str]:
+    """Yield what Pod Security "restricted" refuses."""
+    security = pod.spec["securityContext"]
+    if any(pod.spec.get(shared) for shared in ("hostNetwork", "hostPID", "hostIPC")):
+        yield "shares a namespace of the node"
+    if security.get("runAsNonRoot") is not True or security.get("runAsUser") == 0:
+        yield "may run as root"
+    if security.get("seccompProfile", {}).get("type") not in ("RuntimeDefault", "Localhost"):
+        yield "has no seccomp profile"
+    for volume in pod.spec.get("volumes", ()):
+        if {*volume} - {"name"} - ALLOWED_VOLUMES:
+            yield f"volume {volume['name']}"
+    for container in (*pod.spec["containers"], *pod.spec.get("initContainers", ())):
+        own = container["securityContext"]
+        if own.get("allowPrivilegeEscalation") is not False or own.get("privileged"):
+            yield "may gain privileges"
+        if own.get("capabilities", {}).get("drop") != ["ALL"] or own["capabilities"].get("add"):
+            yield "keeps capabilities"
+        if any("hostPort" in port for port in container.get("ports", ())):
+            yield "takes a port of the node"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_helms_render_alike_for_the_oldest_and_newest_kubernetes(case):
+    def same(program: str, version: str) -> list[dict[str, Any]]:
+        made = text(case, program, version)
+        # The one value that is drawn anew, with all that follows from it, is the token.
+        return [each for each in yaml.load_all(re.sub(r"auth_token: \S+", "", made), yaml.CSafeLoader) if each]
+
+    first = sorted(map(str, same("helm", NEWEST)))
+    assert len(first) > 10
+    for program in HELMS:
+        for version in (OLDEST, NEWEST):
+            assert sorted(map(str, same(program, version))) == first
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_pod_meets_pod_security_restricted(case):
+    found = list(pods(objects(case)))
+    assert len(found) >= 5
+    allowed = {"volume cache"} if case == "hostpath-cache" else set()
+    for pod in found:
+        assert set(not_restricted(pod)) <= allowed, pod.owner
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_container_writes_to_its_root_and_all_have_bounds(case):
+    for pod in pods(objects(case)):
+        for container in pod.spec["containers"]:
+            assert container["securityContext"]["readOnlyRootFilesystem"] is True, pod.owner
+            assert container["resources"]["requests"]["cpu"], pod.owner
+            assert container["resources"]["limits"]["memory"], pod.owner
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_names_are_unique_and_short_enough_and_in_the_release(case):
+    names = [(each["apiVersion"], each["kind"], each["metadata"]["name"]) for each in objects(case)]
+    assert len(names) == len(set(names))
+    for each in objects(case):
+        assert len(each["metadata"]["name"]) <= 63
+        if each["kind"] not in CLUSTER_WIDE and "labels" in each["metadata"]:
+            assert each["metadata"]["namespace"] == NAMESPACE
+    for pod in pods(objects(case)):
+        assert all(len(value) <= 63 for value in pod.labels.values())
+
+
+def references(pod: Pod) -> Iterator[tuple[str, str]]:
+    """Yield the kind and name of each object that a pod names."""
+    if "serviceAccountName" in pod.spec:
+        yield "ServiceAccount", pod.spec["serviceAccountName"]
+    for secret in pod.spec.get("imagePullSecrets", ()):
+        yield "Secret", secret["name"]
+    for volume in pod.spec.get("volumes", ()):
+        if "secret" in volume:
+            yield "Secret", volume["secret"]["secretName"]
+        if "persistentVolumeClaim" in volume:
+            yield "PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]
+        if "configMap" in volume:
+            yield "ConfigMap", volume["configMap"]["name"]
+    for container in pod.spec["containers"]:
+        for source in container.get("envFrom", ()):
+            yield "Secret", source["secretRef"]["name"]
+
+
+def test_what_pods_name_is_in_the_render_or_given():
+    seen = set()
+    for case in CASES:
+        there = {(each["kind"], each["metadata"]["name"]) for each in objects(case)}
+        written = set(re.findall(r"[\w-]+", given(case).read_text())) if case == "existing-secrets" else set()
+        for pod in pods(objects(case)):
+            for kind, name in references(pod):
+                seen.add(kind)
+                assert (kind, name) in there or name in written, f"{case}: {pod.owner} names {kind} {name}"
+    assert seen == {"ServiceAccount", "Secret", "PersistentVolumeClaim", "ConfigMap"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_mounts_have_volumes_and_probes_have_ports(case):
+    for pod in pods(objects(case)):
+        volumes = {volume["name"] for volume in pod.spec.get("volumes", ())}
+        for container in pod.spec["containers"]:
+            assert {mount["name"] for mount in container.get("volumeMounts", ())} <= volumes
+            ports = {port["name"] for port in container.get("ports", ())}
+            probes = (container.get(f"{kind}Probe", {}) for kind in ("startup", "readiness", "liveness"))
+            asked = {how["port"] for probe in probes for how in probe.values() if isinstance(how, dict)}
+            assert asked <= ports, pod.owner
+
+
+def selected(selector: dict[str, str], made: list[Pod]) -> list[Pod]:
+    """Return the pods that a selector of labels takes."""
+    return [pod for pod in made if selector.items() <= pod.labels.items()]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "kuberay"])
+def test_services_reach_ports_of_pods(case):
+    made = list(pods(objects(case)))
+    for service in of(case, "Service"):
+        behind = selected(service["spec"]["selector"], made)
+        assert behind
+        for port in service["spec"]["ports"]:
+            for pod in behind:
+                names = {each["name"] for each in pod.spec["containers"][0]["ports"]}
+                assert port["targetPort"] in names, service["metadata"]["name"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_roles_are_bound_to_accounts_that_exist(case):
+    there = {(each["kind"], each["metadata"]["name"]) for each in objects(case)}
+    for binding in (*of(case, "RoleBinding"), *of(case, "ClusterRoleBinding")):
+        assert (binding["roleRef"]["kind"], binding["roleRef"]["name"]) in there
+        for subject in binding["subjects"]:
+            assert (subject["kind"], subject["name"]) in there
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_policies_and_budgets_select_pods(case):
+    made = list(pods(objects(case)))
+    for policy in of(case, "NetworkPolicy"):
+        assert selected(policy["spec"]["podSelector"]["matchLabels"], made), policy["metadata"]["name"]
+    for budget in of(case, "PodDisruptionBudget"):
+        assert selected(budget["spec"]["selector"]["matchLabels"], made), budget["metadata"]["name"]
+
+
+def test_every_setting_reaches_ray_as_the_platform_reads_it():
+    heads = [pod for pod in pods(objects("extra")) if pod.owner.startswith("StatefulSet")]
+    settings = Settings.from_environment(environment(heads[0]))
+    assert settings.log_level == "debug"
+    assert settings.max_unpacked_bytes == 214748364800
+    assert settings.download_backoff_s == 0.5
+    assert settings.allowed_hosts == ("hub.internal", "store.internal")
+    assert settings.s3_endpoint == "https://store.internal"
+
+
+def test_a_model_in_the_values_becomes_the_object_that_it_describes():
+    first, second = of("models", "Model")
+    assert first["metadata"]["name"] == "minilm"
+    assert "name" not in first["spec"]
+    assert "revision" not in first["spec"]
+    assert first["spec"]["description"] == "1e3"
+    assert first["spec"]["batching"]["max_queue_bytes"] == 268435456
+    assert second["spec"]["options"]["arguments"] == {"nothing": None, "many": [1, 2]}
+
+
+def test_an_ingress_leads_to_the_inference_service():
+    ingress = only("ingress", "Ingress")
+    [rule] = ingress["spec"]["rules"]
+    backend = rule["http"]["paths"][0]["backend"]["service"]
+    [service] = [each for each in of("ingress", "Service") if each["metadata"]["name"] == backend["name"]]
+    assert backend["port"]["name"] in {port["name"] for port in service["spec"]["ports"]}
+    assert ingress["spec"]["tls"] == [{"hosts": ["models.example.com"], "secretName": "models-example-com"}]
+    assert "--public-url=https://models.example.com" in text("ingress")
+
+
+def test_a_route_leads_to_the_inference_service():
+    route = only("httproute", "HTTPRoute")
+    [backend] = route["spec"]["rules"][0]["backendRefs"]
+    [service] = [each for each in of("httproute", "Service") if each["metadata"]["name"] == backend["name"]]
+    assert backend["port"] in {port["port"] for port in service["spec"]["ports"]}
+    assert "--public-url=https://models.example.com" in text("httproute")
+
+
+def test_a_port_of_the_nodes_is_that_of_the_values():
+    [service] = [each for each in of("nodeport", "Service") if each["spec"]["type"] == "NodePort"]
+    assert service["spec"]["ports"][0]["nodePort"] == 30080
+    assert service["metadata"]["annotations"] == {"example.com/owner": "models"}
+
+
+def test_only_rays_own_pods_reach_rays_ports():
+    made = list(pods(objects("network-policy")))
+    policies = {each["metadata"]["name"]: each["spec"] for each in of("network-policy", "NetworkPolicy")}
+    closed = policies["rh-roundhouse-deny"]
+    assert "ingress" not in closed
+    assert {pod.owner for pod in selected(closed["podSelector"]["matchLabels"], made)} == {pod.owner for pod in made}
+    [rule] = policies["rh-roundhouse-ray"]["ingress"]
+    owners = {pod.owner for pod in selected(rule["from"][0]["podSelector"]["matchLabels"], made)}
+    assert owners == {"StatefulSet/rh-roundhouse-head", "Deployment/rh-roundhouse-worker-cpu"}
+    [dashboard] = policies["rh-roundhouse-dashboard"]["ingress"]
+    assert dashboard["ports"] == [{"protocol": "TCP", "port": 8265}]
+    [callers] = policies["rh-roundhouse-inference"]["ingress"]
+    assert {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "apps"}}} in callers["from"]
+    assert callers["ports"] == [{"protocol": "TCP", "port": 8000}]
+    assert {"ipBlock": {"cidr": "10.20.0.0/16"}} in policies["rh-roundhouse-egress"]["egress"][2]["to"]
+
+
+def test_everybody_reaches_the_models_and_models_reach_everything_unless_told_otherwise():
+    policies = {each["metadata"]["name"]: each["spec"] for each in of("default", "NetworkPolicy")}
+    assert "from" not in policies["rh-roundhouse-inference"]["ingress"][0]
+    assert not [spec for spec in policies.values() if "Egress" in spec["policyTypes"]]
+
+
+def test_each_group_has_its_workers_and_its_budget():
+    workers = {each["metadata"]["name"]: each["spec"] for each in of("two-groups", "Deployment")}
+    assert workers["rh-roundhouse-worker-cpu"]["replicas"] == 4
+    assert workers["rh-roundhouse-worker-large"]["replicas"] == 0
+    large = workers["rh-roundhouse-worker-large"]["template"]["spec"]
+    assert large["containers"][0]["resources"]["requests"] == {"cpu": "30", "memory": "200Gi"}
+    assert large["terminationGracePeriodSeconds"] > 300
+    assert {
+        each["metadata"]["name"]: each["spec"]["maxUnavailable"] for each in of("two-groups", "PodDisruptionBudget")
+    } == {
+        "rh-roundhouse-worker-cpu": "25%",
+        "rh-roundhouse-worker-large": "25%",
+    }
+
+
+def test_gpu_workers_ask_for_their_device_and_tell_ray_of_it():
+    workers = {each["metadata"]["name"]: each["spec"]["template"]["spec"] for each in of("gpu", "Deployment")}
+    assert "rh-roundhouse-worker-cpu" not in workers
+    [a100] = workers["rh-roundhouse-worker-a100"]["containers"]
+    assert a100["resources"]["limits"]["nvidia.com/gpu"] == 4
+    assert "--num-gpus=4" in a100["args"][0]
+    assert '{"accelerator_type:A100": 1}' in a100["args"][0]
+    assert workers["rh-roundhouse-worker-a100"]["runtimeClassName"] == "nvidia"
+    assert workers["rh-roundhouse-worker-mig"]["containers"][0]["resources"]["limits"]["nvidia.com/mig-3g.40gb"] == 1
+
+
+def test_the_claim_of_the_cache_stays_where_it_is_asked_to():
+    claims = {each["metadata"]["name"]: each for each in of("pvc-cache", "PersistentVolumeClaim")}
+    cache = claims["rh-roundhouse-cache"]
+    assert cache["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep", "team": "models"}
+    assert cache["spec"]["resources"]["requests"]["storage"] == "200Gi"
+    assert not of("existing-secrets", "PersistentVolumeClaim")
+    assert not of("no-persistence", "PersistentVolumeClaim")
+
+
+def test_what_a_site_adds_is_there():
+    notes = {each["metadata"]["name"]: each for each in of("extra", "ConfigMap")}
+    assert notes["site-certificates"]["data"] == {"release": "rh"}
+    assert "rh-note" in notes
+    images = {pod.spec["containers"][0]["image"] for pod in pods(objects("extra"))}
+    assert len(images) == 1
+    assert images.pop().startswith("registry.example.com/roundhouse@sha256:0123")
+    for each in objects("extra"):
+        if each["kind"] != "ConfigMap":
+            assert each["metadata"]["labels"]["cost-center"] == "42"
+    accounts = {
+        each["metadata"]["name"]: each["metadata"].get("annotations", {}) for each in of("extra", "ServiceAccount")
+    }
+    assert "eks.amazonaws.com/role-arn" in accounts["rh-serving-ray"]
+    assert "eks.amazonaws.com/role-arn" not in accounts["rh-serving-controller"]
+
+
+def test_the_definition_stays_where_it_is_asked_to():
+    assert "--remove-crd" not in text("no-persistence")
+    assert "--remove-crd" in text("default")
+    [role] = of("no-persistence", "ClusterRole")
+    assert [rule["verbs"] for rule in role["rules"]] == [["patch"]]
+
+
+SMALL = {"name": "a", "task": "forecast", "source": "hf:m/x"}
+
+
+@pytest.mark.parametrize("program", HELMS)
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"models": [SMALL, SMALL]}, "models: a is declared more than once"),
+        ({"models": [SMALL | {"source": "file:weights"}]}, "models: a: source file:weights is relative"),
+        (
+            {"models": [SMALL | {"scaling": {"min_replicas": 3, "max_replicas": 2}}]},
+            "models: a: scaling.max_replicas, 2, is below min_replicas, 3",
+        ),
+        (
+            {"models": [SMALL | {"scaling": {"min_replicas": 3}}]},
+            "models: a: scaling.max_replicas, 1, is below min_replicas, 3",
+        ),
+        (
+            {"models": [SMALL | {"resources": {"gpus": 0.5}}]},
+            "models: a: resources.gpus is 0.5 and no group of ray.workerGroups has GPUs; give one gpus: 1",
+        ),
+        (
+            {"models": [SMALL | {"resources": {"gpus": 4}}], "ray.workerGroups.cpu.gpus": 2},
+            "one replica takes 1 CPUs, 4 GPUs, any amount of memory, more than any worker has",
+        ),
+        (
+            {"models": [SMALL | {"resources": {"cpus": 4}}]},
+            "more than any worker has beside the gateway's 0.01 CPUs (cpu has 4 CPUs, 0 GPUs, 8Gi)",
+        ),
+        (
+            {"models": [SMALL | {"resources": {"memory": "8193Mi"}}]},
+            "one replica takes 1 CPUs, 0 GPUs, 8193Mi of memory, more than any worker has",
+        ),
+        ({"models": [SMALL | {"resources": {"memory": 2**34}}]}, "more than any worker has"),
+        (
+            {
+                "models": [SMALL | {"resources": {"memory": "4Gi"}}],
+                "ray.workerGroups.cpu.resources": {"limits": {"memory": "3G"}},
+            },
+            "cpu has 4 CPUs, 0 GPUs, 3G",
+        ),
+        ({"ray.workerGroups": {"cpu": {"replicas": 0}}}, "ray.workerGroups has no worker"),
+        ({"ray.workerGroups.cpu.maxReplicas": 5}, "maxReplicas is for ray.provider kuberay"),
+        (
+            {"ray.provider": "kuberay", "ray.workerGroups.cpu.maxReplicas": 1},
+            "ray.workerGroups.cpu: maxReplicas, 1, is below replicas, 2",
+        ),
+        ({"cache.type": "hostPath"}, "cache.hostPath is empty"),
+        ({"cache.existingClaim": "mine"}, "set cache.type to pvc"),
+        ({"cache.hostPath": "/models"}, "set cache.type to hostPath"),
+        ({"ingress.enabled": True}, "ingress.host is empty"),
+        ({"httpRoute.enabled": True}, "httpRoute.parentRefs is empty"),
+        ({"service.nodePort": 30080}, "set service.type to NodePort"),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else value[:40],
+)
+def test_values_that_contradict_each_other_are_refused_in_a_sentence(program, values, sentence):
+    assert sentence in refusal(values, program)
+
+
+@pytest.mark.parametrize("program", HELMS)
+def test_a_model_that_just_fits_is_taken(program):
+    words = [
+        "--set-json",
+        'models=[{"name":"a","task":"forecast","source":"hf:m/x","resources":{"cpus":3.99,"memory":"8Gi"}}]',
+    ]
+    assert helm(program, *words).returncode == 0
+    whole = ["--set-json", 'models=[{"name":"a","task":"forecast","source":"hf:m/x","resources":{"cpus":4}}]']
+    assert helm(program, *whole, "--set", "gateway.replicas=1").returncode == 0
+
+
+@pytest.mark.parametrize("program", HELMS)
+@pytest.mark.parametrize(("version", "taken"), [("1.30.9", False), ("1.31.0", True), ("1.40.0", True)])
+def test_kubernetes_before_1_31_is_refused(program, version, taken):
+    done = helm(program, version=version)
+    assert (done.returncode == 0) is taken
+    assert taken or f"needs Kubernetes 1.31 or newer; this is v{version}" in done.stderr

@@ -144,6 +144,10 @@ def _running(options: argparse.Namespace) -> tuple[Settings, Running]:
 def _status_arguments(parser: argparse.ArgumentParser) -> None:
     _platform_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the models' state as JSON")
+    _remote_arguments(parser)
+
+
+def _remote_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", metavar="NAME", help="ask a cluster: of the kubeconfig, '' for its current one")
     parser.add_argument("--namespace", metavar="NAME", help="with --context; default: the context's")
 
@@ -181,21 +185,56 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
     _platform_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the whole answer as the protocol has it")
     parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="longest answer of a chat model")
+    _remote_arguments(parser)
 
 
 def _predict(options: argparse.Namespace) -> int:
     from serve.runtime import state
     from serve.runtime.predict import answer
 
+    def ask(url: str) -> int:
+        return answer(url, options.model, options.inputs, as_json=options.json, max_tokens=options.max_tokens)
+
+    if options.context is not None:
+        from serve.cluster.remote import forwarded
+
+        with forwarded(options.context, options.namespace) as url:
+            return ask(url)
     settings = _settings(options)
     running = state.read(settings, settings.port)
-    return answer(
-        running.url if running else settings.url,
-        options.model,
-        options.inputs,
-        as_json=options.json,
-        max_tokens=options.max_tokens,
-    )
+    return ask(running.url if running else settings.url)
+
+
+def _logs_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="its name")
+    parser.add_argument("--context", default="", metavar="NAME", help="of the kubeconfig; default: its current one")
+    parser.add_argument("--namespace", metavar="NAME", help="default: the context's")
+    parser.add_argument("--lines", type=int, default=1000, metavar="N", help="of each pod's log; default: 1000")
+    parser.add_argument("--follow", action="store_true", help="go on with what comes, until Ctrl-C")
+
+
+def _logs(options: argparse.Namespace) -> int:
+    from serve.cluster.remote import logs_of
+
+    for line in logs_of(options.model, options.context, options.namespace, lines=options.lines, follow=options.follow):
+        print(line, flush=True)
+    return OK
+
+
+def _follow_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--folder", metavar="FOLDER", help="of Ray's logs; default: of the session that runs")
+
+
+def _follow_logs(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from serve.runtime.logs import FOLDER, follow
+
+    def write(line: str) -> None:
+        print(line, flush=True)
+
+    follow(Path(options.folder) if options.folder else FOLDER, write=write)
+    return OK
 
 
 def _down(options: argparse.Namespace) -> int:
@@ -377,6 +416,7 @@ COMMANDS = (
     Command("check", "[FILE]", "Tell every problem in a declaration, or what it declares", _check_arguments, _check),
     Command("schema", "", "Print the JSON Schema of models.yaml, which editors use", _schema_arguments, _schema),
     Command("render", "-f FILE", "Print a declaration's Model manifests, for kubectl", _render_arguments, _render),
+    Command("logs", "MODEL", "Print what a model's replicas on a cluster print and log", _logs_arguments, _logs),
     Command("plan", "-f FILE", "Forecast where a cluster would put each replica", _plan_arguments, _plan),
 )
 
@@ -386,6 +426,7 @@ CLUSTER_COMMANDS = (
         "controller", "", "Make a Ray cluster serve what a namespace's Models say", _controller_arguments, _controller
     ),
     Command("drain-node", "", "Move the replicas of this Ray node elsewhere before it ends", _drain_arguments, _drain),
+    Command("follow-logs", "", "Print what this node's replicas print and log", _follow_arguments, _follow_logs),
     Command("install-crd", "", "Apply the definition of the Model resource", _cluster_arguments, _install_crd),
     Command("verify", "", "Send every model of a platform a real request", _verify_arguments, _verify),
     Command("remove-models", "", "Delete a namespace's Models and wait for them", _remove_arguments, _remove_models),
@@ -396,7 +437,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose help is one page about all the commands."""
 
     def format_help(self) -> str:
-        width = max(len(f"{command.name} {command.takes}") for command in (*COMMANDS, *CLUSTER_COMMANDS)) + 2
+        width = max(len(f"{command.name} {command.takes}") for command in COMMANDS) + 2
 
         def listed(commands: Sequence[Command]) -> list[str]:
             return [f"  roundhouse {f'{c.name} {c.takes}':<{width}}{c.summary}" for c in commands]
@@ -407,9 +448,7 @@ class _Parser(argparse.ArgumentParser):
                 "",
                 *listed(COMMANDS),
                 "",
-                "What the pods of a cluster run:",
-                "",
-                *listed(CLUSTER_COMMANDS),
+                f"The pods of a cluster run {', '.join(command.name for command in CLUSTER_COMMANDS)}.",
                 "",
                 f"  roundhouse {'COMMAND --help':<{width}}What one command takes",
                 f"  roundhouse {'--version':<{width}}Print the version",

@@ -60,6 +60,10 @@ class Settings(BaseModel):
         default=30.0, gt=0, le=3600, description="Seconds in which a download must connect, and bring 1 KiB for each."
     )
     hf_endpoint: str = Field(default="https://huggingface.co", description="The hub behind `hf:`.")
+    proxies_url: str | None = Field(
+        default=None,
+        description="The gateway's way to the models where this machine's proxy is gone: a cluster's Service.",
+    )
     s3_endpoint: str | None = Field(default=None, description="An S3-compatible server behind `s3:`.")
 
     @property

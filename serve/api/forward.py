@@ -167,19 +167,24 @@ class Reply:
         return b"".join(parts)
 
 
+def _address(url: str) -> tuple[str, int]:
+    parts = urlsplit(url)
+    if parts.scheme != "http" or parts.hostname is None or parts.path not in ("", "/"):
+        raise ValueError(f"{url!r} is not http://host:port")
+    return parts.hostname, parts.port or 80
+
+
 class Upstream:
     """What requests are passed on to.
 
     Args:
         base_url: `http://host:port`.
+        spare_url: Where connections are made to while nothing accepts them there.
     """
 
-    def __init__(self, base_url: str) -> None:
-        parts = urlsplit(base_url)
-        if parts.scheme != "http" or parts.hostname is None or parts.path not in ("", "/"):
-            raise ValueError(f"{base_url!r} is not http://host:port")
-        self._address = (parts.hostname, parts.port or 80)
-        self._host = parts.netloc.encode()
+    def __init__(self, base_url: str, *, spare_url: str | None = None) -> None:
+        self._addresses = [_address(base_url)] + ([_address(spare_url)] if spare_url else [])
+        self._host = urlsplit(base_url).netloc.encode()
         self._idle: deque[_Connection] = deque()
 
     def exchange(self, method: str, path: str, headers: Headers, body: bytes = b"") -> Exchange:
@@ -207,12 +212,15 @@ class Upstream:
                 return connection
             connection.close()
         loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(_CONNECT_TIMEOUT_S):
-                _, made = await loop.create_connection(_Connection, *self._address)
-        except OSError as error:
-            raise UpstreamError(f"{self._host.decode()} does not answer: {error}") from error
-        return made
+        told: list[str] = []
+        for host, port in self._addresses:
+            try:
+                async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+                    _, made = await loop.create_connection(_Connection, host, port)
+                return made
+            except OSError as error:
+                told.append(f"{host}:{port} does not answer: {error}")
+        raise UpstreamError("; ".join(told))
 
     def release(self, connection: _Connection) -> None:
         """Keep a connection whose exchange is over, if both sides can; else break it."""

@@ -65,19 +65,21 @@ def build_gateway_app(
         base_url: `http://host:port` of what routes `/v2/models/<name>/...` to that model's replicas.
         watch_disconnect: As in `build_model_app`.
     """
-    return GatewayRoutes(directory, base_url=base_url, watch_disconnect=watch_disconnect).application(settings)
+    return GatewayRoutes(
+        directory, settings=settings, base_url=base_url, watch_disconnect=watch_disconnect
+    ).application()
 
 
 class GatewayRoutes:
     """What answers each route of the gateway."""
 
-    def __init__(self, directory: Directory, *, base_url: str, watch_disconnect: bool) -> None:
+    def __init__(self, directory: Directory, *, settings: Settings, base_url: str, watch_disconnect: bool) -> None:
         self._directory = directory
-        self._upstream = Upstream(base_url)
+        self._upstream = Upstream(base_url, spare_url=settings.proxies_url)
         self._uploads = Uploads(_ARRIVING_BYTES)
         self._watch = watch_disconnect
 
-    def application(self, settings: Settings) -> Application:  # noqa: ARG002 - nothing of it concerns these routes yet
+    def application(self) -> Application:
         """Return the application."""
 
         @contextlib.asynccontextmanager
@@ -238,7 +240,7 @@ class GatewayRoutes:
         is_events = False
         try:
             async with self._upstream.exchange(method, path, headers, body) as reply:
-                if _UNROUTED in reply.headers:
+                if _is_unrouted(reply):
                     return False
                 is_events = reply.headers.get(b"content-type", b"").startswith(b"text/event-stream")
                 if not is_events and reply.status >= 400:
@@ -260,12 +262,10 @@ class GatewayRoutes:
 
     async def _check_refusal(self, name: str, reply: Reply) -> None:
         """Turn what the proxy or Ray says in its own words into the protocol's; a replica always answers in JSON."""
-        if reply.headers.get(b"content-type", b"").startswith(b"application/json"):
+        if _is_json(reply):
             return
         if reply.status == 408:
             raise DeadlineExceeded(f"model {name!r} did not answer in time")
-        if reply.status == 404:
-            raise _unreachable(find(self._directory, name))
         if reply.status >= 500:
             raise self._lost(name, f"the proxy said {reply.status}")
 
@@ -278,6 +278,15 @@ class GatewayRoutes:
             "whether it was computed is not known, and it was not repeated",
             retry_after_s=status.retry_after_s,
         )
+
+
+def _is_json(reply: Reply) -> bool:
+    return reply.headers.get(b"content-type", b"").startswith(b"application/json")
+
+
+def _is_unrouted(reply: Reply) -> bool:
+    """Tell whether a request reached no replica: it came back here, or the proxy knows nothing at its path."""
+    return _UNROUTED in reply.headers or (reply.status == 404 and not _is_json(reply))
 
 
 def _head(reply: Reply, part: bytes, more: bool) -> Headers:

@@ -1,4 +1,4 @@
-"""The Kubernetes API as the controller uses it: Models listed, watched and written, Events, and a Lease."""
+"""The Kubernetes API as Roundhouse uses it: Models listed, watched and written, Events, a Lease, and pods' logs."""
 
 from __future__ import annotations
 
@@ -127,6 +127,17 @@ class Cluster:
         body = {**event, "involvedObject": about}
         self.call("POST", f"/api/v1/namespaces/{self._namespace}/events", body=body)
 
+    def list_pods(self, labels: str) -> list[dict[str, Any]]:
+        """Return the pods that a label selector finds."""
+        path = f"/api/v1/namespaces/{self._namespace}/pods"
+        return list(self.call("GET", path, query={"labelSelector": labels})["items"])
+
+    def log_of(self, pod: str, *, lines: int, follow: bool) -> Iterator[str]:
+        """Yield the last lines of a pod's log, and with `follow` those that come; raises Missing."""
+        query = {"tailLines": str(lines), **({"follow": "true"} if follow else {})}
+        for line in self._stream(f"/api/v1/namespaces/{self._namespace}/pods/{pod}/log", query):
+            yield line.decode(errors="replace")
+
     def delete_models(self) -> None:
         """Ask for every Model of the namespace to go."""
         self.call("DELETE", self._objects)
@@ -179,8 +190,10 @@ class Cluster:
             for part in response.response.stream(2**16):
                 *lines, rest = (rest + part).split(b"\n")
                 yield from filter(None, lines)
+            if rest:
+                yield rest
         except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise ApiUnavailable(f"the watch of {path} broke off: {error}") from error
+            raise ApiUnavailable(f"the answer to GET {path} broke off: {error}") from error
         finally:
             response.response.close()
 

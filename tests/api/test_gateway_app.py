@@ -185,7 +185,7 @@ CUT_STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-en
     [
         (PROXY_500, "ready", 503, "replica_lost"),
         (PROXY_500, "starting", 503, "model_not_ready"),
-        (RAY_404, "ready", 503, "model_not_ready"),
+        (RAY_404, "starting", 503, "model_not_ready"),
         (RAY_408, "ready", 504, "deadline_exceeded"),
         (b"", "ready", 503, "replica_lost"),
         (b"not http at all\r\n\r\n", "ready", 503, "replica_lost"),
@@ -230,6 +230,19 @@ async def test_nothing_behind_the_gateway_is_a_503() -> None:
     async with direct(build_gateway_app(Models({"a": "ready"}), settings=SETTINGS, base_url=url)) as client:
         reply = await client.post("/v1/embeddings", json={"model": "a", "input": "x"})
         assert refused(reply)[0] == 503
+
+
+async def test_the_spare_way_is_taken_where_the_nearest_proxy_is_gone() -> None:
+    async with scripted(b"") as (gone, _):
+        pass
+    async with hosted(spec("text-embedding", name="embed"), Embedder()) as embed:
+        front = Front({"embed": build_model_app(embed, settings=SETTINGS)})
+        async with listening(front) as spare:
+            settings = Settings(proxies_url=spare)
+            app = build_gateway_app(Models({"embed": "ready"}), settings=settings, base_url=gone)
+            async with direct(app) as client:
+                reply = await client.post("/v1/embeddings", json={"model": "embed", "input": "x"})
+                assert reply.status_code == 200, reply.text
 
 
 async def test_pages_list_every_model_and_load_nothing_from_elsewhere() -> None:

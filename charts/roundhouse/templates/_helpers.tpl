@@ -96,6 +96,8 @@ securityContext:
     fieldRef:
       fieldPath: status.podIP
 {{ .Files.Get "files/ray-environment.yaml" }}
+- name: ROUNDHOUSE_PROXIES_URL
+  value: {{ include "roundhouse.inferenceUrl" . }}
 - name: RAY_AUTH_TOKEN_PATH
   value: /etc/roundhouse/token/auth_token
 - name: RAY_gcs_rpc_server_reconnect_timeout_s
@@ -198,6 +200,7 @@ The shell's words that run Ray until a signal ends it. Takes (dict "root" "node"
 and hands over the whole command.
 */}}
 {{- define "roundhouse.rayStart" -}}
+roundhouse follow-logs &
 {{- if eq .root.Values.ray.provider "kuberay" -}}
 eval "exec $KUBERAY_GEN_RAY_START_CMD" &
 {{- else -}}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -324,6 +326,41 @@ def test_what_a_site_adds_is_there():
     }
     assert "eks.amazonaws.com/role-arn" in accounts["rh-serving-ray"]
     assert "eks.amazonaws.com/role-arn" not in accounts["rh-serving-controller"]
+
+
+def started(pod: Pod, folder: Path, generated: str = "") -> list[str]:
+    """Return the words that a Ray pod's shell starts `ray` with."""
+    for program in ("ray", "roundhouse"):
+        (folder / program).write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {folder}/{program}.words\n')
+        (folder / program).chmod(0o755)
+    [script] = pod.spec["containers"][0]["args"]
+    variables = {"PATH": f"{folder}:/usr/bin:/bin", "POD_IP": "10.1.2.3", "KUBERAY_GEN_RAY_START_CMD": generated}
+    subprocess.run([*pod.spec["containers"][0]["command"], script], env=variables, timeout=60, check=True)
+    return (folder / "ray.words").read_text().splitlines()
+
+
+def test_the_shell_starts_ray_with_what_the_values_say(tmp_path: Path):
+    made = {pod.owner: pod for pod in pods(objects("gpu"))}
+    words = started(made["Deployment/rh-roundhouse-worker-a100"], tmp_path)
+    assert words[0] == "start"
+    assert {
+        "--address=rh-roundhouse-head:6379",
+        "--node-ip-address=10.1.2.3",
+        "--num-cpus=16",
+        "--num-gpus=4",
+        '--resources={"accelerator_type:A100": 1}',
+        "--block",
+    } <= set(words)
+    assert {"--head", "--num-cpus=0", "--port=6379"} <= set(started(made["StatefulSet/rh-roundhouse-head"], tmp_path))
+
+
+def test_the_shell_starts_ray_by_the_command_that_kuberay_makes(tmp_path: Path):
+    [worker] = [pod for pod in pods(objects("kuberay")) if pod.owner == "RayService/rh-roundhouse/gpu"]
+    parameters = kuberay()["rayClusterConfig"]["workerGroupSpecs"][1]["rayStartParams"]
+    # As the operator does: the parameters in a row, none quoted.
+    generated = "ray start " + " ".join(f" --{key}={value} " for key, value in parameters.items())
+    words = started(worker, tmp_path, generated)
+    assert {"--node-ip-address=10.1.2.3", "--num-gpus=1", '--resources={"accelerator_type:L4": 1}'} <= set(words)
 
 
 def kuberay() -> dict[str, Any]:

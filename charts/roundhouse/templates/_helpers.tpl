@@ -201,7 +201,7 @@ and hands over the whole command.
 */}}
 {{- define "roundhouse.rayStart" -}}
 roundhouse follow-logs &
-{{- if eq .root.Values.ray.provider "kuberay" -}}
+{{ if eq .root.Values.ray.provider "kuberay" -}}
 eval "exec $KUBERAY_GEN_RAY_START_CMD" &
 {{- else -}}
 ray start {{ .node }}{{ range $key, $value := fromYaml .params }} --{{ $key }}={{ $value }}{{ end }} --disable-usage-stats --block &

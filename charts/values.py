@@ -86,7 +86,9 @@ class WorkerGroup(Placement):
     resources: Mapping = Field(
         {}, description="Requests and limits in place of those made of cpus, memory and gpus; Ray counts the latter."
     )
-    topology_spread_constraints: list[Mapping] = Field([], description="How the pods spread over zones or nodes.")
+    topology_spread_constraints: list[Mapping] = Field(
+        [], description="How the pods spread over zones or nodes; empty spreads all workers over nodes where it can."
+    )
     runtime_class_name: str = Field("", description="Runtime class of the pods.")
 
 

@@ -13,10 +13,17 @@ automountServiceAccountToken: false
 {{- with $worker.runtimeClassName }}
 runtimeClassName: {{ . }}
 {{- end }}
-{{- with $worker.topologySpreadConstraints }}
 topologySpreadConstraints:
-  {{- toYaml . | nindent 2 }}
-{{- end }}
+  {{- if $worker.topologySpreadConstraints }}
+  {{- toYaml $worker.topologySpreadConstraints | nindent 2 }}
+  {{- else }}
+  - maxSkew: 1
+    topologyKey: kubernetes.io/hostname
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector:
+      matchLabels:
+        {{- include "roundhouse.selector" (list $root "worker") | nindent 8 }}
+  {{- end }}
 terminationGracePeriodSeconds: {{ add $root.Values.ray.drainSeconds 30 }}
 containers:
   - name: ray

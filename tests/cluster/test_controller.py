@@ -1,0 +1,266 @@
+"""From whatever state, after whatever death, what runs becomes what the Models say."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray.serve.schema
+
+from serve.applications import application_name
+from serve.cluster.controller import Controller, NotLeading, Store
+from serve.cluster.kube import ApiUnavailable
+from serve.cluster.leader import DURATION_S, Leadership
+from serve.cluster.targets import TargetUnavailable
+from tests.cluster.fakes import NOW, Clock, FakeApi, FakeRay, Faults, world
+
+World = tuple[FakeApi, FakeRay, Faults]
+
+
+class Leads:
+    """A leadership that is held until a test takes it away."""
+
+    holds = True
+
+
+@pytest.fixture
+def around() -> Iterator[World]:
+    with world() as found:
+        yield found
+
+
+def controller(api: FakeApi, ray: FakeRay, leads: Any = None) -> Controller:
+    return Controller(
+        api.cluster(), ray.target(), leads or Leads(), gateway_replicas=1, public_url="http://models", now=lambda: NOW
+    )
+
+
+def turn(one: Controller, api: FakeApi) -> bool:
+    """Do what the watch and the loop do in a moment: take over what there is, and act on it once."""
+    one.store.replace(api.cluster().list_models()[0])
+    return one.reconcile()
+
+
+def converge(one: Controller, api: FakeApi, ray: FakeRay) -> None:
+    for _ in range(20):
+        settled = turn(one, api)
+        if settled and not any(entry["status"] in ("DEPLOYING", "DELETING") for entry in ray.applications.values()):
+            return
+        ray.settle()
+    raise AssertionError("it does not come to rest")
+
+
+def state(api: FakeApi, ray: FakeRay) -> dict[str, Any]:
+    """Return all that should be the same, whatever happened on the way."""
+    return {
+        "running": {name: entry["deployed_app_config"] for name, entry in ray.applications.items()},
+        "models": {
+            name: (model["spec"], model["metadata"]["finalizers"], model["status"]["phase"])
+            for name, model in api.models.items()
+        },
+    }
+
+
+def test_the_fake_answers_as_ray_does(around: World) -> None:
+    api, ray_api, _ = around
+    api.put("one")
+    converge(controller(api, ray_api), api, ray_api)
+    told = ray_api.details()
+    assert set(told) <= set(ray.serve.schema.ServeInstanceDetails.model_fields)
+    for entry in told["applications"].values():
+        entry.pop("deployed_app_config")
+        ray.serve.schema.ApplicationDetails(**entry)
+    ray.serve.schema.ServeDeploySchema.model_validate(ray_api.configs[-1])
+
+
+def test_models_come_change_and_go_and_what_stays_is_not_told_again(around: World) -> None:
+    api, ray_api, _ = around
+    one = controller(api, ray_api)
+    api.put("stays")
+    api.put("changes")
+    converge(one, api, ray_api)
+    stays = ray_api.applications[application_name("stays")]["deployed_app_config"]
+    told = len(ray_api.configs)
+    assert turn(one, api)
+    assert len(ray_api.configs) == told
+    api.put("changes", description="new")
+    api.put("comes")
+    converge(one, api, ray_api)
+    api.delete("changes")
+    turn(one, api)
+    assert "changes" in api.models, "its application is still there"
+    converge(one, api, ray_api)
+    assert set(ray_api.applications) == {"gateway", application_name("stays"), application_name("comes")}
+    assert set(api.models) == {"stays", "comes"}
+    for config in ray_api.configs:
+        assert stays in config["applications"]
+    assert {model["status"]["phase"] for model in api.models.values()} == {"Ready"}
+
+
+def test_a_wrong_model_is_told_and_leaves_the_others_alone(around: World) -> None:
+    api, ray_api, _ = around
+    api.put("right")
+    api.put("wrong", source="package:../../etc")
+    converge(controller(api, ray_api), api, ray_api)
+    conditions = {each["type"]: each for each in api.models["wrong"]["status"]["conditions"]}
+    assert (conditions["Accepted"]["status"], conditions["Ready"]["status"]) == ("False", "False")
+    assert "source" in conditions["Accepted"]["message"]
+    assert api.models["right"]["status"]["phase"] == "Ready"
+    assert application_name("wrong") not in ray_api.applications
+    assert {event["involvedObject"]["name"] for event in api.events if event["type"] == "Warning"} == {"wrong"}
+
+
+def test_a_model_that_does_not_start_is_degraded(around: World) -> None:
+    api, ray_api, _ = around
+    ray_api.broken = {application_name("bad")}
+    api.put("good")
+    api.put("bad")
+    one = controller(api, ray_api)
+    for _ in range(4):
+        turn(one, api)
+        ray_api.settle()
+    conditions = {each["type"]: each["status"] for each in api.models["bad"]["status"]["conditions"]}
+    assert conditions == {"Accepted": "True", "Ready": "False", "Progressing": "True", "Degraded": "True"}
+    assert api.models["good"]["status"]["phase"] == "Ready"
+
+
+# One that comes is held and told of twice, one that changes once, one that goes is let go; Events, and one config.
+WRITES = 8
+
+
+def history(api: FakeApi, ray_api: FakeRay) -> None:
+    """Bring about that everything is to be done at once: one to come, one to change, one to go, one to leave alone."""
+    converge(controller(api, ray_api), api, ray_api)
+    api.put("comes")
+    api.put("changes", description="new")
+    api.delete("goes")
+
+
+@pytest.mark.parametrize("last_write", range(WRITES))
+def test_it_may_die_after_any_write(around: World, last_write: int) -> None:
+    api, ray_api, faults = around
+    for name in ("stays", "changes", "goes"):
+        api.put(name)
+    history(api, ray_api)
+    stays = ray_api.applications[application_name("stays")]
+    faults.writes_left = last_write
+    dying = controller(api, ray_api)
+    for _ in range(8):
+        try:
+            turn(dying, api)
+        except (ApiUnavailable, TargetUnavailable):
+            break
+        ray_api.settle()
+    assert faults.writes_left == 0
+    faults.writes_left = None
+    converge(controller(api, ray_api), api, ray_api)
+    found = state(api, ray_api)
+    assert set(found["models"]) == {"stays", "changes", "comes"}
+    assert {phase for *_, phase in found["models"].values()} == {"Ready"}
+    assert set(found["running"]) == {"gateway", *(application_name(name) for name in found["models"])}
+    assert ray_api.applications[application_name("stays")] == stays
+    with world() as (other_api, other_ray, _):
+        for name in ("stays", "changes", "comes"):
+            other_api.put(name, **({"description": "new"} if name == "changes" else {}))
+        converge(controller(other_api, other_ray), other_api, other_ray)
+        assert found == state(other_api, other_ray)
+
+
+def test_no_write_of_that_history_was_left_out(around: World) -> None:
+    api, ray_api, _ = around
+    for name in ("stays", "changes", "goes"):
+        api.put(name)
+    history(api, ray_api)
+    api.asked.clear()
+    ray_api.asked.clear()
+    converge(controller(api, ray_api), api, ray_api)
+    assert len(api.writes()) + len(ray_api.writes()) == WRITES
+
+
+@pytest.mark.parametrize("server", ["api", "ray"])
+def test_a_server_that_is_away_is_an_error_and_then_goes_on(around: World, server: str) -> None:
+    api, ray_api, faults = around
+    one = controller(api, ray_api)
+    api.put("one")
+    one.store.replace(api.cluster().list_models()[0])
+    faults.away = {server}
+    with pytest.raises((ApiUnavailable, TargetUnavailable)):
+        one.reconcile()
+    faults.away = set()
+    converge(one, api, ray_api)
+    assert api.models["one"]["status"]["phase"] == "Ready"
+
+
+def test_who_does_not_lead_writes_nothing(around: World) -> None:
+    api, ray_api, _ = around
+    leads = Leads()
+    leads.holds = False
+    api.put("one")
+    with pytest.raises(NotLeading):
+        turn(controller(api, ray_api, leads), api)
+    assert api.writes() == ray_api.writes() == []
+
+
+def test_of_two_controllers_one_writes_at_a_time(around: World) -> None:
+    api, ray_api, _ = around
+    api.leases["lease"] = {"metadata": {"name": "lease", "resourceVersion": "1"}}
+    clock = Clock()
+
+    def leader(identity: str) -> Leadership:
+        return Leadership(api.cluster(), name="lease", identity=identity, clock=clock, now=lambda: NOW)
+
+    first, second = leader("first"), leader("second")
+    one, other = controller(api, ray_api, first), controller(api, ray_api, second)
+    api.put("model")
+    assert first.renew()
+    for _ in range(30):
+        clock.seconds += DURATION_S / 10
+        second.renew()
+        assert not (first.holds and second.holds)
+        for each in (one, other):
+            try:
+                turn(each, api)
+            except NotLeading:
+                continue
+        ray_api.settle()
+    assert second.holds
+    assert api.models["model"]["status"]["phase"] == "Ready"
+    assert len(ray_api.configs) == 1
+
+
+def test_the_store_never_goes_back_in_time() -> None:
+    def model(version: int, uid: str = "u", **more: Any) -> dict[str, Any]:
+        metadata = {"name": "m", "uid": uid, "resourceVersion": str(version), "generation": version}
+        return {"metadata": metadata, "spec": {"task": "voice-activity", "source": "package:silero_vad", **more}}
+
+    store = Store()
+    store.put(model(10, description="new"))
+    store.put(model(9, description="old"))
+    (declared,) = store.declared()
+    assert declared.version == "10"
+    store.put(model(8), gone=True)
+    assert len(store.declared()) == 1
+    store.put(model(7, uid="another"))
+    (declared,) = store.declared()
+    assert (declared.uid, declared.version) == ("another", "7")
+    store.put(model(12, uid="another"), gone=True)
+    assert store.declared() == []
+
+
+def test_a_thousand_models_take_one_pass(around: World, record_property: Any) -> None:
+    api, ray_api, _ = around
+    for number in range(1000):
+        api.put(f"model-{number}")
+    one = controller(api, ray_api)
+    began = resource.getrusage(resource.RUSAGE_SELF)
+    converge(one, api, ray_api)
+    ended = resource.getrusage(resource.RUSAGE_SELF)
+    record_property("cpu_s", ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime)
+    assert len(ray_api.configs) == 1
+    assert len(ray_api.applications) == 1001
+    assert all(model["status"]["conditions"] for model in api.models.values())
+    api.asked.clear()
+    assert turn(one, api)
+    assert api.writes() == []

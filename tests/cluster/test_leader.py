@@ -1,0 +1,116 @@
+"""A Lease has one holder, whatever is lost on the way and whatever the clocks say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from serve.cluster.kube import TIMEOUT_S, ApiUnavailable, Missing
+from serve.cluster.leader import DURATION_S, Leadership
+from tests.cluster.fakes import NOW, Clock, FakeApi, Faults
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[FakeApi]:
+    api = FakeApi(Faults())
+    with api.running():
+        yield api
+
+
+@pytest.fixture
+def api(running: FakeApi) -> FakeApi:
+    running.faults.away = set()
+    running.leases = {"lease": {"metadata": {"name": "lease", "resourceVersion": "1"}}}
+    return running
+
+
+def leader(api: FakeApi, identity: str, clock: Clock) -> Leadership:
+    return Leadership(api.cluster(), name="lease", identity=identity, clock=clock, now=lambda: NOW)
+
+
+def test_the_first_to_ask_holds_it_and_the_other_waits(api: FakeApi) -> None:
+    clock = Clock()
+    first, second = leader(api, "first", clock), leader(api, "second", clock)
+    assert first.renew()
+    assert not second.renew()
+    assert (first.holds, second.holds) == (True, False)
+    spec = api.leases["lease"]["spec"]
+    assert (spec["holderIdentity"], spec["leaseTransitions"]) == ("first", 1)
+
+
+def test_a_holder_that_no_longer_renews_stops_before_another_begins(api: FakeApi) -> None:
+    clock = Clock()
+    first, second = leader(api, "first", clock), leader(api, "second", clock)
+    first.renew()
+    second.renew()
+    clock.seconds = DURATION_S - TIMEOUT_S
+    assert not first.holds, "a write that it began now could end after another's first"
+    clock.seconds = DURATION_S
+    assert not second.renew()
+    clock.seconds += 1
+    assert second.renew()
+    assert api.leases["lease"]["spec"]["leaseTransitions"] == 2
+    assert not first.renew()
+
+
+def test_one_that_gives_it_up_is_followed_at_once(api: FakeApi) -> None:
+    clock = Clock()
+    first, second = leader(api, "first", clock), leader(api, "second", clock)
+    first.renew()
+    assert not second.renew()
+    first.give_up()
+    assert not first.holds
+    assert second.renew()
+    first.give_up()
+    assert api.leases["lease"]["spec"]["holderIdentity"] == "second"
+
+
+def test_an_api_server_that_is_away_costs_the_lease_only_when_it_has_run_out(api: FakeApi) -> None:
+    clock = Clock()
+    first = leader(api, "first", clock)
+    first.renew()
+    api.faults.away = {"api"}
+    clock.seconds = 5
+    with pytest.raises(ApiUnavailable):
+        first.renew()
+    assert first.holds
+    clock.seconds = DURATION_S
+    assert not first.holds
+
+
+def test_without_a_lease_nobody_leads(api: FakeApi) -> None:
+    clock = Clock()
+    first = leader(api, "first", clock)
+    first.renew()
+    api.leases.clear()
+    with pytest.raises(Missing):
+        first.renew()
+    assert not first.holds
+
+
+TURNS = st.lists(
+    st.tuples(st.sampled_from("abc"), st.sampled_from(["renew", "give up", "cut off"]), st.integers(0, 60))
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(turns=TURNS)
+def test_two_never_hold_it(api: FakeApi, turns: list[tuple[str, str, int]]) -> None:
+    api.leases = {"lease": {"metadata": {"name": "lease", "resourceVersion": "1"}}}
+    clock = Clock()
+    leaders = {identity: leader(api, identity, clock) for identity in "abc"}
+    for identity, action, seconds in turns:
+        one = leaders[identity]
+        api.faults.away = {"api"} if action == "cut off" else set()
+        try:
+            if action == "give up":
+                one.give_up()
+            else:
+                one.renew()
+        except ApiUnavailable:
+            pass
+        assert sum(each.holds for each in leaders.values()) <= 1
+        clock.seconds += seconds

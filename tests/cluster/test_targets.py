@@ -1,0 +1,124 @@
+"""What Ray and KubeRay tell is read rightly, and a refusal says who refused what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from serve.applications import application_name, serve_config
+from serve.cluster.kube import Conflict
+from serve.cluster.resource import changes
+from serve.cluster.targets import RayService, TargetUnavailable, application, token_in
+from serve.spec import ModelSpec
+from tests.cluster.fakes import FakeRay, Faults
+
+NAME = application_name("one")
+
+
+@pytest.fixture
+def ray() -> Iterator[FakeRay]:
+    found = FakeRay(Faults())
+    with found.running():
+        yield found
+
+
+def config() -> dict[str, Any]:
+    return serve_config([ModelSpec(name="one", task="voice-activity", source="package:silero_vad")])
+
+
+def test_what_was_told_is_what_runs(ray: FakeRay) -> None:
+    target = ray.target()
+    target.apply(config())
+    observed = target.observe()
+    assert changes(config(), observed) == set()
+    assert (observed.applications[NAME].running, observed.applications[NAME].wanted) == (0, 1)
+    ray.settle()
+    observed = target.observe()
+    assert observed.applications[NAME].running == 1
+    assert observed.applications[NAME].held == (("n1", {"CPU": 1}),)
+    assert observed.nodes == {"n1": {"CPU": 4.0}}
+
+
+def test_a_token_is_read_anew_for_each_request(ray: FakeRay, tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text("old\n")
+    target = ray.target()
+    target._token = token_in(file)
+    with pytest.raises(TargetUnavailable, match="answers 401 to GET"):
+        target.observe()
+    file.write_text(f"{ray.token}\n")
+    assert target.observe().applications == {}
+
+
+def test_ray_that_is_away_is_named(ray: FakeRay) -> None:
+    ray.faults.away = {"ray"}
+    with pytest.raises(TargetUnavailable, match=f"Ray at {ray.url} does not answer"):
+        ray.target().observe()
+
+
+def test_a_replica_without_a_node_waits() -> None:
+    entry = {
+        "status": "DEPLOYING",
+        "message": "",
+        "deployments": {
+            "d": {
+                "message": "no room",
+                "target_num_replicas": 3,
+                "required_resources": {"CPU": 1.0},
+                "replicas": [
+                    {"state": "RUNNING", "node_id": "n1"},
+                    {"state": "STARTING", "node_id": None},
+                    {"state": "STARTING", "node_id": "n2"},
+                ],
+            }
+        },
+    }
+    told = application("a", entry)
+    assert (told.wanted, told.running, told.waiting, told.message) == (3, 1, 1, "no room")
+    assert told.held == (("n1", {"CPU": 1.0}), ("n2", {"CPU": 1.0}))
+
+
+class Service:
+    """A RayService as KubeRay keeps it."""
+
+    def __init__(self) -> None:
+        self.object: dict[str, Any] = {"spec": {}}
+
+    def get(self) -> dict[str, Any]:
+        return self.object
+
+    def patch(self, part: Any) -> None:
+        self.object["spec"] |= part["spec"]
+
+    def target(self) -> RayService:
+        return RayService(get=self.get, patch=self.patch, gateway_url="http://127.0.0.1:9", clock=lambda: 7.0)
+
+
+def test_a_rayservice_keeps_what_was_written_and_tells_what_runs() -> None:
+    service = Service()
+    target = service.target()
+    assert target.observe().applications == {}
+    target.apply(config())
+    assert yaml.safe_load(service.object["spec"]["serveConfigV2"]) == config()
+    observed = target.observe()
+    assert changes(config(), observed) == set()
+    assert (observed.applications[NAME].status, observed.applications[NAME].running) == ("DEPLOYING", 0)
+    statuses = {NAME: {"status": "RUNNING"}, "rh-old": {"status": "DELETING", "message": "going"}}
+    service.object["status"] = {"activeServiceStatus": {"applicationStatuses": statuses}}
+    observed = target.observe()
+    assert (observed.applications[NAME].running, observed.applications[NAME].deployed_at) == (1, 7.0)
+    assert observed.applications["rh-old"].message == "going"
+    assert changes(config(), observed) == set()
+
+
+def test_a_rayservice_that_another_wrote_is_tried_again() -> None:
+    def patch(_: Any) -> None:
+        raise Conflict("the object has been modified")
+
+    target = RayService(get=dict, patch=patch, gateway_url="http://127.0.0.1:9")
+    with pytest.raises(TargetUnavailable, match="has been modified"):
+        target.apply(config())

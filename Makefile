@@ -26,8 +26,8 @@ serve: $(VENV)/.serve ## Set up, then serve the models of models.yaml (MODELS=ot
 test: $(VENV)/.dev $(TOOLS) $(CHECKS) ## Set up, then run every test
 	$(BIN)/python -m pytest tests -m "not cluster"
 
-test-cluster: $(VENV)/.dev $(TOOLS) ## Run the tests that need the cluster of KUBECONFIG (see docs/cluster.md)
-	$(BIN)/python -m pytest tests -m cluster
+test-cluster: $(VENV)/.dev $(TOOLS) ## Walk a release through the cluster of KUBECONFIG: IMAGE=registry/roundhouse:tag
+	CLUSTER_TEST_IMAGE=$(IMAGE) $(BIN)/python -m pytest tests/cluster -m cluster
 
 lint: $(VENV)/.dev $(CHECKS) ## Format, lint, types, layers, what is generated
 	$(BIN)/ruff format --check .

@@ -104,5 +104,5 @@ def time_spent(steps: Mapping[str, float], replicas: Mapping[str, Mapping[str, f
     lines.append("  platform      " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in steps.items()))
     for model, phases in replicas.items():
         spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in phases.items() if seconds >= 0.05)
-        lines.append(f"  {model:<13} {spent}")
+        lines.append(f"  {model:<13} {spent or 'less than 0.1 in all'}")
     return "\n".join(lines)

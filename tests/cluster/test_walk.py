@@ -1,0 +1,293 @@
+"""A site's life on a real cluster, in its order: install, serve, edit, upgrade, lose this and that, uninstall."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from serve.applications import application_name
+from tests.cluster.site import DETECTOR, EMBEDDER, NAME, RELEASE, Load, Refused, Site, from_environment, run, until
+
+pytestmark = pytest.mark.cluster
+
+RIGHT = {"task": EMBEDDER["task"], "source": EMBEDDER["source"]}
+HEARD = {"task": DETECTOR["task"], "source": DETECTOR["source"]}
+KINDS = (
+    "all,models.roundhouse.dev,persistentvolumeclaims,secrets,configmaps,leases,roles,rolebindings,serviceaccounts,"
+    "networkpolicies,poddisruptionbudgets,ingresses,jobs"
+)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    found = from_environment()
+    if not found.image:
+        pytest.fail("name the image that the cluster pulls: make test-cluster IMAGE=registry/roundhouse:tag")
+    restricted = {"pod-security.kubernetes.io/enforce": "restricted"}
+    namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": found.namespace, "labels": restricted}}
+    found.apply(namespace)
+    try:
+        found.upgrade(tmp_path_factory.mktemp("values") / "values.yaml")
+        found.settle()
+        yield found
+    finally:
+        with contextlib.suppress(Refused):
+            found.helm("uninstall", RELEASE, "--ignore-not-found", "--timeout", "5m")
+        run("kubectl", "delete", "namespace", found.namespace, "--ignore-not-found", "--wait=false")
+
+
+def test_the_charts_own_test_passes(site: Site) -> None:
+    assert "Succeeded" in site.helm("test", RELEASE)
+
+
+# What the API server takes
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {},
+        {"resources": {"gpus": 0.5, "memory": "2Gi", "cpus": 2}, "options": {"pooling": "cls"}},
+        {"batching": {"max_batch_size": 32, "max_batch_cost": 4096}},
+        {"resources": {"memory": 1_000_000, "gpus": 2}},
+        {"task": "python", "source": "file:/a.py", "options": {"class": "X", "arguments": {"a": [1, {"b": 2}]}}},
+    ],
+)
+def test_right_models_are_admitted(site: Site, spec: dict[str, Any]) -> None:
+    site.kubectl("apply", "--dry-run=server", "-f", "-", stdin=_object("tried", spec))
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "told"),
+    [
+        ("tried", {"taks": "x"}, "taks"),
+        ("tried", {"task": "text-embeding"}, "spec.task"),
+        ("a" * 41, {}, "at most 40 characters"),
+        ("a.b", {}, "small letters, digits and hyphens"),
+        ("tried", {"scaling": {"min_replicas": 3, "max_replicas": 2}}, "below scaling.min_replicas"),
+        ("tried", {"batching": {"max_batch_size": 2000}}, "could never fill"),
+        ("tried", {"task": "forecast", "batching": {"max_batch_cost": 10}}, "items have a cost"),
+        ("tried", {"device": "cuda"}, "device cuda takes a GPU"),
+        ("tried", {"device": "cpu", "resources": {"gpus": 1}}, "leave one out"),
+        ("tried", {"resources": {"gpus": 1.5}}, "above 1 is whole"),
+        ("tried", {"source": "https://example.org/model.zip"}, "takes sha256"),
+        ("tried", {"sha256": "a" * 64}, "only an https: source"),
+        ("tried", {"revision": "main"}, "only an hf: source"),
+        ("tried", {"source": "file:model"}, "is absolute"),
+        ("tried", {"options": {"slots": 3}}, "options.slots is for text-generation"),
+        ("tried", {"options": {"slotz": 3}}, "slotz"),
+        ("tried", {"task": "python", "source": "file:/a.py"}, "python takes options.class"),
+        ("tried", {"resources": {"memory": "2GB"}}, "spec.resources.memory"),
+    ],
+)
+def test_wrong_models_are_refused_with_the_reason(site: Site, name: str, spec: dict[str, Any], told: str) -> None:
+    with pytest.raises(Refused, match=told):
+        site.kubectl("apply", "--dry-run=server", "-f", "-", stdin=_object(name, spec))
+
+
+def _object(name: str, spec: dict[str, Any]) -> str:
+    kind = {"apiVersion": "roundhouse.dev/v1alpha1", "kind": "Model"}
+    return json.dumps(kind | {"metadata": {"name": name}, "spec": RIGHT | spec})
+
+
+# Models
+
+
+def test_a_model_comes_changes_and_goes_and_the_others_never_notice(site: Site) -> None:
+    before = site.replicas()
+    with Load(site, "minilm", "vad").running():
+        site.put("comes", **HEARD)
+        until("it answers", lambda: site.http.get("/v2/models/comes/ready").status_code == 200)
+        until("it is told ready", lambda: site.is_ready("comes"))
+        first = site.replicas()[application_name("comes")]
+        site.put("comes", **HEARD, description="edited")
+        until("its replica is another", lambda: not site.replicas()[application_name("comes")] & first)
+        until("it is told ready", lambda: site.is_ready("comes"))
+        site.kubectl("delete", "models.roundhouse.dev", "comes", "--timeout=2m")
+        until("it is unknown", lambda: site.http.get("/v2/models/comes").status_code == 404)
+    after = site.replicas()
+    for name in ("minilm", "vad"):
+        assert after[application_name(name)] == before[application_name(name)]
+
+
+def test_a_model_is_scaled_by_kubectl_within_its_bounds(site: Site) -> None:
+    site.put("scaled", **HEARD, scaling={"max_replicas": 2})
+    site.kubectl("scale", "models.roundhouse.dev/scaled", "--replicas=2")
+    until("there are two", lambda: site.model("scaled")["status"]["ready"] == "2/2" and site.is_ready("scaled"))
+    with pytest.raises(Refused, match=r"scaling.max_replicas is below scaling.min_replicas"):
+        site.kubectl("scale", "models.roundhouse.dev/scaled", "--replicas=3")
+    site.kubectl("delete", "models.roundhouse.dev", "scaled", "--timeout=2m")
+
+
+def test_a_rename_is_a_new_model_and_the_end_of_the_old(site: Site) -> None:
+    with Load(site, "minilm", "vad").running():
+        site.put("before", **HEARD)
+        until("it is ready", lambda: site.is_ready("before"))
+        site.put("after", **HEARD)
+        site.kubectl("delete", "models.roundhouse.dev", "before", "--timeout=2m")
+        until("it is ready", lambda: site.is_ready("after"))
+    site.kubectl("delete", "models.roundhouse.dev", "after", "--timeout=2m")
+
+
+def test_weights_that_are_garbage_are_told_and_nobody_else_suffers(site: Site) -> None:
+    with Load(site, "minilm", "vad").running():
+        site.put("garbage", task="python", source="file:/etc/passwd", options={"class": "Model"})
+        until("it is degraded", lambda: site.condition("garbage", "Degraded")["status"] == "True")
+    assert "passwd" in site.condition("garbage", "Degraded")["message"]
+    events = site.get("events", "--field-selector=involvedObject.name=garbage")["items"]
+    assert {(event["type"], event["reason"]) for event in events} >= {("Warning", "LoadFailed")}
+    site.kubectl("delete", "models.roundhouse.dev", "garbage", "--timeout=2m")
+
+
+def test_gpus_are_shared_by_halves_and_what_does_not_fit_says_what_is_missing(site: Site, tmp_path: Path) -> None:
+    nodes = json.loads(run("kubectl", "get", "nodes", "--output=json"))["items"]
+    if sum(int(node["status"]["allocatable"].get("nvidia.com/gpu", 0)) for node in nodes) < 2:
+        pytest.skip("the cluster has no two GPUs to schedule against")
+    small = {"requests": {"cpu": "100m", "memory": "1Gi"}, "limits": {"memory": "8Gi", "nvidia.com/gpu": 2}}
+    values = yaml.safe_load(site.values())
+    groups = values["ray"]["workerGroups"] | {
+        "gpu": {"replicas": 1, "cpus": 4, "gpus": 2, "acceleratorType": "L4", "resources": small}
+    }
+    site.upgrade(tmp_path / "values.yaml", ray=values["ray"] | {"workerGroups": groups})
+    # Without a device behind them nothing may compute on it: the models ask for a place only.
+    for name, gpus in (("half-one", 0.5), ("half-two", 0.5), ("whole", 1)):
+        site.put(name, **RIGHT, resources={"gpus": gpus, "cpus": 0.1})
+    until("three are placed", lambda: _placed(site) == {"half-one", "half-two", "whole"})
+    site.put("too-many", **RIGHT, resources={"gpus": 0.5, "cpus": 0.1})
+    until("it waits", lambda: "0 GPU" in site.condition("too-many", "Progressing")["message"])
+    waiting = site.condition("too-many", "Progressing")
+    assert (waiting["status"], waiting["reason"]) == ("True", "WaitingForResources")
+    assert "needs 0.5 GPUs" in waiting["message"]
+    site.kubectl("delete", "models.roundhouse.dev", "half-one", "half-two", "whole", "too-many", "--timeout=3m")
+    site.upgrade(tmp_path / "values.yaml")
+    site.settle()
+
+
+def _placed(site: Site) -> set[str]:
+    """Return the models that hold a share of a GPU."""
+    models = site.get("models.roundhouse.dev")["items"]
+    return {model["metadata"]["name"] for model in models if model.get("status", {}).get("gpus", "0") != "0"}
+
+
+# Changes and losses under load
+
+
+def test_an_upgrade_and_a_rollback_lose_nothing(site: Site, tmp_path: Path) -> None:
+    with Load(site, "minilm", "vad").running():
+        site.upgrade(tmp_path / "values.yaml", extraEnv=[{"name": "WALK", "value": "upgraded"}])
+    site.settle()
+    with Load(site, "minilm", "vad").running():
+        site.helm("rollback", RELEASE, "--wait", "--timeout", "8m")
+    site.settle()
+
+
+def test_a_worker_that_is_evicted_hands_over_and_the_last_one_is_kept(site: Site) -> None:
+    with Load(site, "minilm", "vad").running():
+        first, second = site.names_of("worker")
+        _evict(site, first)
+        with pytest.raises(Refused, match="disruption budget"):
+            _evict(site, second)
+        site.kubectl("wait", "--for=delete", f"pod/{first}", "--timeout=4m")
+        site.settle()
+
+
+def _evict(site: Site, pod: str) -> None:
+    path = f"/api/v1/namespaces/{site.namespace}/pods/{pod}/eviction"
+    metadata = {"name": pod, "namespace": site.namespace}
+    body = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": metadata}
+    run("kubectl", "create", "--raw", path, "-f", "-", stdin=json.dumps(body))
+
+
+def test_a_head_that_is_deleted_comes_back_with_its_state(site: Site) -> None:
+    if not site.storage_class:
+        pytest.skip("without a storage class the head's state goes with its pod")
+    before = site.replicas()
+    with Load(site, "minilm", "vad").running():
+        site.kubectl("delete", "pod", f"{NAME}-head-0")
+        site.settle()
+    assert site.replicas()[application_name("minilm")] == before[application_name("minilm")]
+
+
+@pytest.mark.parametrize("how", [(), ("--grace-period=0", "--force")])
+def test_an_edit_outlives_the_controller(site: Site, how: tuple[str, ...]) -> None:
+    (controller,) = site.names_of("controller")
+    with Load(site, "minilm").running():
+        site.kubectl("patch", "models.roundhouse.dev", "vad", "--type=merge", f"--patch={_described(bool(how))}")
+        site.kubectl("delete", "pod", controller, *how)
+        until("another has seen the edit", lambda: site.is_ready("vad"))
+
+
+def _described(again: bool) -> str:
+    return json.dumps({"spec": {"description": "edited again" if again else "edited"}})
+
+
+# Privileges
+
+
+_ASKING = """
+import urllib.error, urllib.request as web
+for method, path in {asks}:
+    body = b'{{"entrypoint": "id"}}' if method == "POST" else None
+    try:
+        print(web.urlopen(web.Request("{base}" + path, body, method=method), timeout=10).status)
+    except urllib.error.HTTPError as error:
+        print(error.code)
+"""
+
+
+def test_without_the_token_nobody_reaches_rays_dashboard_or_jobs(site: Site) -> None:
+    asks = [("GET", "/api/serve/applications/"), ("GET", "/nodes?view=summary"), ("GET", "/api/jobs/")]
+    code = _ASKING.format(base=f"http://{NAME}-head:8265", asks=[*asks, ("POST", "/api/jobs/")])
+    worker = site.names_of("worker")[0]
+    assert site.kubectl("exec", worker, "--", "python", "-c", code).split() == ["401"] * 4
+
+
+def test_every_verb_that_is_granted_was_used_and_none_was_missing(site: Site) -> None:
+    log = os.environ.get("CLUSTER_TEST_AUDIT_LOG")
+    if not log:
+        pytest.skip("CLUSTER_TEST_AUDIT_LOG names no audit log of the API server")
+    account = f"system:serviceaccount:{site.namespace}:{NAME}-controller"
+    used, refused = _audited(Path(log), account, since=site.began)
+    granted = {
+        (group, resource, verb)
+        for rule in site.get("role", f"{NAME}-controller")["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    assert refused == set()
+    assert granted == used
+
+
+def _audited(log: Path, account: str, *, since: str) -> tuple[set[tuple[str, str, str]], set[str]]:
+    used, refused = set(), set()
+    for line in log.read_text().splitlines():
+        event = json.loads(line)
+        if event["user"]["username"] != account or event["requestReceivedTimestamp"] < since:
+            continue
+        if "objectRef" not in event:
+            continue
+        about = event["objectRef"]
+        resource = about["resource"] + (f"/{about['subresource']}" if "subresource" in about else "")
+        used.add((about.get("apiGroup", ""), resource, event["verb"]))
+        if event.get("responseStatus", {}).get("code") == 403:
+            refused.add(event["requestURI"])
+    return used, refused
+
+
+def test_uninstalling_leaves_nothing(site: Site) -> None:
+    site.helm("uninstall", RELEASE, "--timeout", "5m")
+    kept = {"configmap/kube-root-ca.crt", "serviceaccount/default"}
+
+    def left() -> set[str]:
+        return set(site.kubectl("get", KINDS.replace("models.roundhouse.dev,", ""), "--output=name").split()) - kept
+
+    until("nothing is left", lambda: not left(), told=left)
+    assert "roundhouse" not in run("kubectl", "get", "clusterroles,clusterrolebindings,crds", "--output=name")

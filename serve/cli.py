@@ -248,9 +248,16 @@ def _down(options: argparse.Namespace) -> int:
 
 
 def _drain_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--head", required=True, metavar="HOST:PORT", help="Ray's control store")
+    parser.add_argument("--head", required=True, type=_host_and_port, metavar="HOST:PORT", help="Ray's control store")
     parser.add_argument("--node-ip", required=True, metavar="IP", help="this node's address, as given to `ray start`")
     parser.add_argument("--deadline-s", type=float, default=60.0, metavar="S", help="default: 60")
+
+
+def _host_and_port(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} has no port; give it as HOST:PORT, such as head:6379")
+    return text
 
 
 def _drain(options: argparse.Namespace) -> int:

@@ -261,7 +261,7 @@ class Controller:
                 self._may_write()
                 self._target.apply(config)
                 self.counters.applied += 1
-                logger.info("told Ray of %s", ", ".join(sorted(changed)))
+                logger.info("told Ray of %s", _some(changed))
             self._release(models, observed)
             self._tell(observed, changed)
             return not changed and all(map(_is_settled, models))
@@ -321,6 +321,11 @@ class Controller:
                     self._cluster.emit(_event(model, condition, now))
                 except (ApiUnavailable, Conflict, Missing) as error:
                     logger.warning("an Event was lost: %s", error)
+
+
+def _some(names: set[str]) -> str:
+    first = sorted(names)[:10]
+    return ", ".join(first) + (f" and {len(names) - len(first)} more" if len(names) > len(first) else "")
 
 
 def _is_settled(model: Declared) -> bool:

@@ -10,11 +10,14 @@ import psutil
 
 from serve.errors import RoundhouseError
 
+_NOBODY = "{head} is no name any more: the platform is going, and nobody takes the replicas over"
 _REPLICA_TITLE = "ray::ServeReplica"
 _POLL_S = 0.5
 _CONNECT_S = 3.0
 # The proxies of other nodes learn within this that a replica is gone.
 _LAST_REQUESTS_S = 5.0
+# A head that is being replaced may be without a name for a moment.
+_NAMELESS_S = 10.0
 
 
 class DrainError(RoundhouseError):
@@ -37,11 +40,16 @@ def drain_node(head: str, *, address: str, deadline_s: float, say: Callable[[str
     """
     ends = time.monotonic() + deadline_s
     if not _asked(head, address, ends, say):
-        say(f"{head} is no name any more: the platform is going, and nobody takes the replicas over")
+        say(_NOBODY.format(head=head))
         return
     say(f"{address} is draining; at most {deadline_s:g} s")
     left: int | None = None
+    named = time.monotonic()
     while time.monotonic() < ends:
+        named = time.monotonic() if _has_name(head) else named
+        if time.monotonic() - named > _NAMELESS_S:
+            say(_NOBODY.format(head=head))
+            return
         count = len(replicas_here())
         if count != left:
             left = count
@@ -51,6 +59,14 @@ def drain_node(head: str, *, address: str, deadline_s: float, say: Callable[[str
             return
         time.sleep(_POLL_S)
     say(f"the deadline has passed, and {left} are left")
+
+
+def _has_name(head: str) -> bool:
+    try:
+        socket.getaddrinfo(head.rpartition(":")[0], None)
+    except socket.gaierror as error:
+        return error.errno != socket.EAI_NONAME
+    return True
 
 
 def replicas_here() -> list[int]:

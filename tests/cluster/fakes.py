@@ -9,7 +9,7 @@ import http.server
 import json
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
 
 from kubernetes import client as kube
@@ -90,11 +90,11 @@ class _Server:
         return [each for each in self.asked if each[0] != "GET" and "/repository/" not in each[1]]
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self) -> Iterator[Self]:
         thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         thread.start()
         try:
-            yield
+            yield self
         finally:
             self._http.shutdown()
             self._http.server_close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -10,6 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
+
+from serve.errors import RoundhouseError
+
+
+class CacheFull(RoundhouseError):
+    """The cache's folder has no room; the message names it."""
 
 
 def build_once(cache_dir: Path, key: str, build: Callable[[Path], None]) -> Path:
@@ -23,10 +30,26 @@ def build_once(cache_dir: Path, key: str, build: Callable[[Path], None]) -> Path
         cache_dir: Made if absent.
         key: A relative path of safe names, one for each distinct content.
         build: Fills the folder it is given; whatever it raises is passed on and the folder removed.
+
+    Raises:
+        CacheFull: The disk is full, or a quota is used up.
     """
     final = cache_dir / key
     if final.is_dir():
         return final
+    try:
+        return _build(final, build)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free_mb = shutil.disk_usage(cache_dir).free / 1e6
+        raise CacheFull(
+            f"the cache {cache_dir} is full: {free_mb:.0f} MB were left when {key} was removed again; "
+            "make it larger, or remove what no model needs"
+        ) from error
+
+
+def _build(final: Path, build: Callable[[Path], None]) -> Path:
     final.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(final.parent / f".{final.name}.lock"):
         if final.is_dir():

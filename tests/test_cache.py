@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.cache import build_once
+from serve.cache import CacheFull, build_once
 
 PARTS = 20
 spawn = multiprocessing.get_context("spawn")
@@ -99,6 +100,18 @@ def test_a_builder_that_raises_leaves_nothing_and_the_next_one_builds(tmp_path: 
         build_once(tmp_path, "a/weights", fail)
     assert {path.name for path in (tmp_path / "a").iterdir()} <= {".weights.lock"}
     assert len(list(build_once(tmp_path, "a/weights", fill).iterdir())) == PARTS
+
+
+def test_a_full_disk_names_the_cache_and_leaves_nothing(tmp_path: Path):
+    def overflow(folder: Path) -> None:
+        (folder / "part").write_text("x")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(
+        CacheFull, match=rf"the cache {tmp_path} is full: \d+ MB were left when weights/one was removed"
+    ):
+        build_once(tmp_path, "weights/one", overflow)
+    assert [path.name for path in (tmp_path / "weights").iterdir()] == [".one.lock"]
 
 
 def test_what_is_complete_is_not_built_again(tmp_path: Path):

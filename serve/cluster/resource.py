@@ -208,7 +208,7 @@ def status_of(model: Declared, observed: Observed, *, public_url: str, now: str)
     conditions = [
         _accepted(model),
         _ready(phase, message, application),
-        _progressing(model, phase, message, application),
+        _progressing(model, phase, message, application, observed),
         _degraded(model, application, observed),
     ]
     return {
@@ -233,7 +233,7 @@ def _phase(model: Declared, application: Application | None, observed: Observed)
         return "Failed", model.problem
     if application is None:
         return "Queued", "Ray has not taken it yet"
-    if application.status == "DEPLOY_FAILED":
+    if _fails(model, application, observed):
         return "Failed", _why(model, application, observed)
     if application.waiting:
         missing = shortage(model, observed)
@@ -242,6 +242,17 @@ def _phase(model: Declared, application: Application | None, observed: Observed)
     if phase in ("ready", "queued"):
         phase = "starting"
     return phase.capitalize(), message
+
+
+def _fails(model: Declared, application: Application | None, observed: Observed) -> bool:
+    """Return whether a model does not start: Ray gave up, or none runs and what was tried last has failed.
+
+    Of an application that once ran Ray says no more than that, and tries again for ever.
+    """
+    if application is None:
+        return False
+    told = observed.phases.get(model.name, ("", ""))[0]
+    return application.status == "DEPLOY_FAILED" or (told == "failed" and not application.running)
 
 
 def _why(model: Declared, application: Application, observed: Observed) -> str:
@@ -306,13 +317,15 @@ def _ready(phase: str, message: str, application: Application | None) -> dict[st
     return _condition("Ready", False, phase, message or f"The model is {phase.lower()}.")
 
 
-def _progressing(model: Declared, phase: str, message: str, application: Application | None) -> dict[str, Any]:
+def _progressing(
+    model: Declared, phase: str, message: str, application: Application | None, observed: Observed
+) -> dict[str, Any]:
     if phase == "Draining":
         return _condition("Progressing", True, "Draining", message)
     if application is None or (model.spec is None and phase != "Ready"):
         reason = "InvalidSpec" if model.spec is None else "Queued"
         return _condition("Progressing", model.spec is not None, reason, message)
-    if application.status == "DEPLOY_FAILED":
+    if _fails(model, application, observed):
         return _condition("Progressing", True, "BackOff", "It is tried again, at growing intervals.")
     if application.waiting:
         return _condition("Progressing", True, "WaitingForResources", message or "A replica waits for a place.")
@@ -324,7 +337,7 @@ def _progressing(model: Declared, phase: str, message: str, application: Applica
 def _degraded(model: Declared, application: Application | None, observed: Observed) -> dict[str, Any]:
     if model.spec is None:
         return _condition("Degraded", True, "InvalidSpec", model.problem)
-    if application is not None and application.status == "DEPLOY_FAILED":
+    if application is not None and _fails(model, application, observed):
         return _condition("Degraded", True, "LoadFailed", _why(model, application, observed))
     if application is not None and application.status == "UNHEALTHY":
         return _condition("Degraded", True, "ReplicaLost", application.message or "A replica died; another is coming.")

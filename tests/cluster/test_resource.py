@@ -192,6 +192,16 @@ def test_a_failure_is_told_by_its_last_line_or_by_the_replica():
     assert conditions(read(model()), told)["Degraded"] == ("True", "LoadFailed")
 
 
+def test_a_replica_that_was_lost_and_does_not_start_again_is_a_failure_and_no_lack_of_room():
+    lost = replace(app(status="RUNNING", wanted=1, waiting=1), phases={"one": ("failed", "the cache is full")})
+    assert (status(read(model()), lost)["phase"], status(read(model()), lost)["message"]) == (
+        "Failed",
+        "the cache is full",
+    )
+    found = conditions(read(model()), lost)
+    assert (found["Progressing"], found["Degraded"]) == (("True", "BackOff"), ("True", "LoadFailed"))
+
+
 def test_a_failed_edit_of_a_model_that_answers_is_ready_and_degraded():
     found = conditions(read(model()), app(status="DEPLOY_FAILED", message="no", wanted=1, running=1))
     assert (found["Ready"][0], found["Degraded"]) == ("True", ("True", "LoadFailed"))

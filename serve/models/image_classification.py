@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from serve.cache import build_once
+from serve.cache import CacheFull, build_once
 from serve.errors import InvalidInput, LoadError, PayloadTooLarge, RoundhouseError, UnsupportedMedia
 from serve.models.base import Item, LoadContext, Signature, TensorSpec
 from serve.models.devices import use_threads
@@ -172,6 +172,8 @@ def _read_weights(path: Path, cache_dir: Path) -> dict[str, torch.Tensor]:
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             path = build_once(cache_dir, f"converted/{digest}", convert) / "model.safetensors"
         return load_file(path)
+    except CacheFull:
+        raise
     except (OSError, SafetensorError) as error:
         raise LoadError(f"weights cannot be read from {path}: {error}") from error
     except Exception as error:  # unpickling a damaged file raises nearly anything

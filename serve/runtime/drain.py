@@ -44,12 +44,9 @@ def drain_node(head: str, *, address: str, deadline_s: float, say: Callable[[str
         return
     say(f"{address} is draining; at most {deadline_s:g} s")
     left: int | None = None
-    named = time.monotonic()
+    known = _address_of(head)
+    seen = time.monotonic()
     while time.monotonic() < ends:
-        named = time.monotonic() if _has_name(head) else named
-        if time.monotonic() - named > _NAMELESS_S:
-            say(_NOBODY.format(head=head))
-            return
         count = len(replicas_here())
         if count != left:
             left = count
@@ -57,15 +54,29 @@ def drain_node(head: str, *, address: str, deadline_s: float, say: Callable[[str
         if not left:
             time.sleep(min(_LAST_REQUESTS_S, max(0.0, ends - time.monotonic())))
             return
+        if _address_of(head) or (known and _answers(known)):
+            seen = time.monotonic()
+        elif time.monotonic() - seen > _NAMELESS_S:
+            say(_NOBODY.format(head=head))
+            return
         time.sleep(_POLL_S)
     say(f"the deadline has passed, and {left} are left")
 
 
-def _has_name(head: str) -> bool:
+def _address_of(head: str) -> tuple[str, int] | None:
+    """Return where a name leads, or None while it leads nowhere, be it unknown or not to be asked for."""
+    host, _, port = head.rpartition(":")
     try:
-        socket.getaddrinfo(head.rpartition(":")[0], None)
-    except socket.gaierror as error:
-        return error.errno != socket.EAI_NONAME
+        return str(socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0][4][0]), int(port)
+    except socket.gaierror:
+        return None
+
+
+def _answers(address: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(address, timeout=_CONNECT_S).close()
+    except OSError:
+        return False
     return True
 
 
@@ -80,23 +91,23 @@ def replicas_here() -> list[int]:
 
 
 class _HeadIsAway(DrainError):
-    """Ray's control store does not answer; `for_good` where its name is gone too."""
-
-    def __init__(self, head: str, error: Exception) -> None:
-        super().__init__(f"Ray's control store at {head} does not answer: {error}")
-        self.for_good = isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME
+    """Ray's control store does not answer."""
 
 
 def _asked(head: str, address: str, ends: float, say: Callable[[str], None]) -> bool:
+    """Ask until the head answers; return False where it has no name, and does not get one soon."""
     told = False
+    named = time.monotonic()
     while True:
         try:
             _ask_to_drain(head, address, ends - time.monotonic())
             return True
         except _HeadIsAway as error:
-            if error.for_good:
+            now = time.monotonic()
+            named = now if _address_of(head) else named
+            if now - named > _NAMELESS_S:
                 return False
-            if time.monotonic() > ends:
+            if now > ends:
                 raise
             if not told:
                 say(f"{error}; waiting for it")
@@ -120,7 +131,7 @@ def _ask_to_drain(head: str, address: str, deadline_s: float) -> None:
             if node.node_manager_address == address and node.state == alive
         ]
     except Exception as error:
-        raise _HeadIsAway(head, error) from error
+        raise _HeadIsAway(f"Ray's control store at {head} does not answer: {error}") from error
     if not nodes:
         raise DrainError(
             f"Ray has no node that is alive at {address}; --node-ip takes the address given to `ray start`"

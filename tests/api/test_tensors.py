@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -39,6 +39,7 @@ def arrays(draw: st.DrawFn) -> tuple[str, np.ndarray[Any, Any]]:
 
 @settings(max_examples=40)
 @given(arrays(), st.booleans())
+@example(("UINT64", np.array([[0, 2**63]], dtype=np.uint64)), True)
 def test_numbers_come_back_as_they_were_sent(sent: tuple[str, np.ndarray[Any, Any]], flat: bool) -> None:
     datatype, array = sent
     head = {"name": f"in_{datatype}", "datatype": datatype, "shape": list(array.shape)}

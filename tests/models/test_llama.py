@@ -16,8 +16,8 @@ from serve.models.llama import Llama, Piece
 
 TINY = {
     "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
+    "hidden_size": 64,  # what products of few rows take of any processor
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -230,7 +230,7 @@ def change_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable
         (write_index('{"weight_map": []}'), "model.safetensors.index.json of the model has no usable weight_map"),
         (change_config(max_position_embeddings=32), "context_tokens 64 is above the model's 32"),
         (change_config(hidden_size="out"), "lacks 'hidden_size'"),
-        (change_config(vocab_size=98), r"embed_tokens.weight has shape \[97, 32\] where config.json says \[98, 32\]"),
+        (change_config(vocab_size=98), r"embed_tokens.weight has shape \[97, 64\] where config.json says \[98, 64\]"),
         (lambda folder: (folder / "config.json").unlink(), "config.json of the model is not readable"),
         (lambda folder: (folder / "config.json").write_text("[]"), "is not an object but list"),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors of the model is not readable"),

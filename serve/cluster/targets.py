@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ import yaml
 
 from serve.applications import ANSWERING
 from serve.cluster.kube import ApiUnavailable, Conflict, Missing
-from serve.cluster.resource import Application, Observed
+from serve.cluster.resource import Application, Observed, changes
 from serve.errors import RoundhouseError
 
 _TIMEOUT_S = 30.0
@@ -75,67 +75,49 @@ class RayServeApi:
 
 
 class RayService:
-    """A RayService of KubeRay, whose `serveConfigV2` is written.
+    """A RayService of KubeRay: its `serveConfigV2` is written, and Ray itself is asked what came of it.
 
     Args:
+        ray: The head of the cluster that KubeRay made.
         get: Returns the object.
         patch: Applies a part of it, server-side.
-        clock: Unix time, seconds.
-        gateway_url: As in `RayServeApi`.
     """
 
     def __init__(
         self,
+        ray: RayServeApi,
         *,
         get: Callable[[], Mapping[str, Any]],
         patch: Callable[[Mapping[str, Any]], object],
-        clock: Callable[[], float] = time.time,
-        gateway_url: str,
     ) -> None:
+        self._ray = ray
         self._get = get
         self._patch = patch
-        self._clock = clock
-        # KubeRay does not tell when it deployed; retries are counted from what this process has done.
-        self._applied_at = clock()
-        self._gateway_url = gateway_url
 
     def observe(self) -> Observed:
-        """Return what runs; KubeRay tells each application's status, not its replicas."""
-        service = self._call(self._get)
-        text = service.get("spec", {}).get("serveConfigV2", "")
+        """Return what runs, beside the config that the object holds; raises TargetUnavailable."""
+        text = self._call(self._get).get("spec", {}).get("serveConfigV2", "")
         configs = {entry["name"]: entry for entry in (yaml.safe_load(text) or {}).get("applications", ())}
-        active = service.get("status", {}).get("activeServiceStatus", {}).get("applicationStatuses", {})
-        found = {}
-        for name in {*configs, *active}:
-            status = active.get(name, {})
-            wanted = _wanted(configs.get(name, {}))
-            found[name] = Application(
-                name=name,
-                status=status.get("status", "DEPLOYING" if name in configs else "DELETING"),
-                message=status.get("message", ""),
-                config=configs.get(name, {}),
-                deployed_at=self._applied_at,
-                wanted=wanted,
-                running=wanted if status.get("status") == "RUNNING" else 0,
-            )
-        return Observed(applications=found, phases=phases(self._gateway_url))
+        told = self._ray.observe()
+        # KubeRay passes a config on some seconds after it is written: until then Ray tells of the one before.
+        under_way = changes({"applications": list(configs.values())}, told)
+        applications = {}
+        for name in configs.keys() | told.applications.keys():
+            seen = told.applications.get(name, Application(name=name, status="DEPLOYING"))
+            status = seen.status if name not in under_way else "DEPLOYING" if name in configs else "DELETING"
+            applications[name] = replace(seen, config=configs.get(name, {}), status=status)
+        return replace(told, applications=applications)
 
     def apply(self, config: Mapping[str, Any]) -> None:
         """Write the config; KubeRay puts it in place."""
         text = yaml.safe_dump(dict(config), sort_keys=True)
         self._call(lambda: self._patch({"spec": {"serveConfigV2": text}}))
-        self._applied_at = self._clock()
 
     def _call(self, ask: Callable[[], Any]) -> Any:
         try:
             return ask()
         except (ApiUnavailable, Conflict, Missing) as error:
             raise TargetUnavailable(f"the RayService cannot be had: {error}") from error
-
-
-def _wanted(config: Mapping[str, Any]) -> int:
-    deployment: Mapping[str, Any] = next(iter(config.get("deployments", ())), {})
-    return int(deployment.get("num_replicas") or deployment.get("autoscaling_config", {}).get("min_replicas", 1))
 
 
 def application(name: str, entry: Mapping[str, Any]) -> Application:

@@ -374,7 +374,7 @@ def test_kuberay_gets_a_rayservice_in_place_of_the_pods():
     name = only("kuberay", "RayService")["metadata"]["name"]
     assert re.fullmatch("[a-z][-a-z0-9]{0,46}", name)
     assert f"--rayservice={name}" in text("kuberay")
-    assert "--ray-url" not in text("kuberay")
+    assert f"--ray-url=http://{name}-head-svc:8265" in text("kuberay")
     # The controller writes it; what the chart wrote as well, each upgrade would take back.
     assert "serveConfigV2" not in kuberay()
 
@@ -433,9 +433,12 @@ def test_only_the_head_of_kuberay_calls_the_api():
     assert not list(not_restricted_container(cluster["autoscalerOptions"]))
 
 
-def test_kuberays_operator_reaches_the_head_and_nobody_else_does():
+def test_kuberays_operator_and_the_controller_reach_the_head_and_nobody_else_does():
     policies = {each["metadata"]["name"]: each["spec"] for each in of("kuberay", "NetworkPolicy")}
-    [rule] = policies["rh-roundhouse-dashboard"]["ingress"]
+    [asking, rule] = policies["rh-roundhouse-dashboard"]["ingress"]
+    [who] = asking["from"]
+    assert who["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "controller"
+    assert asking["ports"] == [{"protocol": "TCP", "port": 8265}]
     assert rule["from"] == [
         {
             "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kuberay-system"}},

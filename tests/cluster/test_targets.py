@@ -83,9 +83,10 @@ def test_a_replica_without_a_node_waits() -> None:
 
 
 class Service:
-    """A RayService as KubeRay keeps it."""
+    """A RayService as KubeRay keeps it, which puts its config in place when `put_in_place` is called."""
 
-    def __init__(self) -> None:
+    def __init__(self, ray: FakeRay) -> None:
+        self.ray = ray
         self.object: dict[str, Any] = {"spec": {}}
 
     def get(self) -> dict[str, Any]:
@@ -94,12 +95,15 @@ class Service:
     def patch(self, part: Any) -> None:
         self.object["spec"] |= part["spec"]
 
+    def put_in_place(self) -> None:
+        self.ray.target().apply(yaml.safe_load(self.object["spec"]["serveConfigV2"]))
+
     def target(self) -> RayService:
-        return RayService(get=self.get, patch=self.patch, gateway_url="http://127.0.0.1:9", clock=lambda: 7.0)
+        return RayService(self.ray.target(), get=self.get, patch=self.patch)
 
 
-def test_a_rayservice_keeps_what_was_written_and_tells_what_runs() -> None:
-    service = Service()
+def test_a_rayservice_keeps_what_was_written_and_ray_tells_what_runs(ray: FakeRay) -> None:
+    service = Service(ray)
     target = service.target()
     assert target.observe().applications == {}
     target.apply(config())
@@ -107,18 +111,41 @@ def test_a_rayservice_keeps_what_was_written_and_tells_what_runs() -> None:
     observed = target.observe()
     assert changes(config(), observed) == set()
     assert (observed.applications[NAME].status, observed.applications[NAME].running) == ("DEPLOYING", 0)
-    statuses = {NAME: {"status": "RUNNING"}, "rh-old": {"status": "DELETING", "message": "going"}}
-    service.object["status"] = {"activeServiceStatus": {"applicationStatuses": statuses}}
+    service.put_in_place()
+    ray.settle()
     observed = target.observe()
-    assert (observed.applications[NAME].running, observed.applications[NAME].deployed_at) == (1, 7.0)
-    assert observed.applications["rh-old"].message == "going"
-    assert changes(config(), observed) == set()
+    assert (observed.applications[NAME].status, observed.applications[NAME].running) == ("RUNNING", 1)
+    assert observed.applications[NAME].deployed_at > 0
+    assert observed.applications[NAME].held == (("n1", {"CPU": 1}),)
+    assert observed.nodes == {"n1": {"CPU": 4.0}}
 
 
-def test_a_rayservice_that_another_wrote_is_tried_again() -> None:
+def test_an_edit_that_kuberay_has_not_passed_on_is_on_its_way(ray: FakeRay) -> None:
+    service = Service(ray)
+    target = service.target()
+    target.apply(config())
+    service.put_in_place()
+    ray.settle()
+    edited = serve_config(
+        [ModelSpec(name="one", task="voice-activity", source="package:silero_vad", description="edited")]
+    )
+    target.apply(edited)
+    observed = target.observe()
+    assert (observed.applications[NAME].status, observed.applications[NAME].running) == ("DEPLOYING", 1)
+    assert changes(edited, observed) == set()
+    target.apply(serve_config([]))
+    observed = target.observe()
+    assert observed.applications[NAME].status == "DELETING"
+    assert changes(serve_config([]), observed) == set()
+    service.put_in_place()
+    ray.settle()
+    assert NAME not in target.observe().applications
+
+
+def test_a_rayservice_that_another_wrote_is_tried_again(ray: FakeRay) -> None:
     def patch(_: Any) -> None:
         raise Conflict("the object has been modified")
 
-    target = RayService(get=dict, patch=patch, gateway_url="http://127.0.0.1:9")
+    target = RayService(ray.target(), get=dict, patch=patch)
     with pytest.raises(TargetUnavailable, match="has been modified"):
         target.apply(config())

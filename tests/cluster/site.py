@@ -43,15 +43,17 @@ def run(*command: str, stdin: str | None = None) -> str:
     return done.stdout
 
 
-def until(what: str, holds: Callable[[], object], *, told: Callable[[], object] = lambda: "") -> None:
+def until(
+    what: str, holds: Callable[[], object], *, told: Callable[[], object] = lambda: "", within_s: float = WAIT_S
+) -> None:
     """Wait for something to hold."""
-    end = time.monotonic() + WAIT_S
+    end = time.monotonic() + within_s
     while time.monotonic() < end:
         with contextlib.suppress(Refused, httpx.HTTPError, LookupError):
             if holds():
                 return
         time.sleep(1)
-    raise AssertionError(f"not within {WAIT_S:.0f} s: {what}; {told()}")
+    raise AssertionError(f"not within {within_s:.0f} s: {what}; {told()}")
 
 
 class Site:
@@ -112,8 +114,11 @@ class Site:
     # Models
 
     def put(self, name: str, **spec: Any) -> str:
+        return self.put_all({name: spec})
+
+    def put_all(self, specs: dict[str, dict[str, Any]]) -> str:
         kind = {"apiVersion": "roundhouse.dev/v1alpha1", "kind": "Model"}
-        return self.apply({**kind, "metadata": {"name": name}, "spec": spec})
+        return self.apply(*({**kind, "metadata": {"name": name}, "spec": spec} for name, spec in specs.items()))
 
     def model(self, name: str) -> Any:
         return self.get("models.roundhouse.dev", name)

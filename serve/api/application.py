@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,20 +12,73 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Route
 
-from serve.api.errors import MethodNotAllowed, PathNotFound, Shape, open_inference_shape, openai_shape, send_error
+from serve.api.errors import (
+    MethodNotAllowed,
+    PathNotFound,
+    Shape,
+    open_inference_shape,
+    openai_shape,
+    problem,
+    send_error,
+)
 from serve.api.wire import JSON_HEADER, Headers, Receive, Scope, Send, echoed, relative_path, send_bytes
 from serve.errors import Cancelled, ModelNotFound
 
 #: What answers one request: scope, its headers by name (the last of a name), receive, send.
 Answer = Callable[[Scope, dict[bytes, bytes], Receive, Send], Awaitable[None]]
+_PASSAGE = "roundhouse.passage"
+
+
+class Passage:
+    """How one request goes, for the metrics; times are of `time.perf_counter`.
+
+    Attributes:
+        began: When it arrived.
+        entered: When its items were handed to the model's queue; 0 before.
+        left: When their results were there; 0 before.
+        ended: When its answer was written.
+        status: Of its answer; 0 before it begins.
+        outcome: `ok`, or the code of the error that ended it.
+        model: Of the declaration, where a gateway found it.
+        is_counted: False where it is not for the metrics.
+    """
+
+    __slots__ = ("began", "ended", "entered", "is_counted", "left", "model", "outcome", "status")
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.entered = self.left = self.ended = 0.0
+        self.status = 0
+        self.outcome = "ok"
+        self.model = ""
+        self.is_counted = True
+
+    @classmethod
+    def of(cls, scope: Scope) -> Passage:
+        """Return the one of a request that an Endpoint answers."""
+        passage: Passage = scope[_PASSAGE]
+        return passage
+
+    def failed(self, error: Exception) -> None:
+        """Take an error for the outcome."""
+        self.outcome = problem(error).code
+
+
+#: What counts a request that has ended, from how it went and its headers.
+Meter = Callable[[Passage, Mapping[bytes, bytes]], None]
 
 
 class Endpoint:
-    """An ASGI application that answers one route and tells its errors in one protocol's shape."""
+    """An ASGI application that answers one route and tells its errors in one protocol's shape.
 
-    def __init__(self, answer: Answer, shape: Shape) -> None:
+    Args:
+        meter: Told of every request; None for what is no request to a model.
+    """
+
+    def __init__(self, answer: Answer, shape: Shape, *, meter: Meter | None = None) -> None:
         self._answer = answer
         self._shape = shape
+        self._meter = meter
 
     @classmethod
     def telling(cls, make: Callable[[dict[str, str]], Any], shape: Shape) -> Endpoint:
@@ -40,21 +95,29 @@ class Endpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer (ASGI)."""
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        started = False
+        passage = scope[_PASSAGE] = Passage()
 
         async def tracked(message: Any) -> None:
-            nonlocal started
-            started = True
+            if not passage.status:
+                passage.status = message["status"]
             await send(message)
 
         try:
             await self._answer(scope, headers, receive, tracked)
+        except asyncio.CancelledError:
+            passage.failed(Cancelled())
+            raise
         except Exception as error:
-            if started and isinstance(error, Cancelled):
+            passage.failed(error)
+            if passage.status and isinstance(error, Cancelled):
                 return
-            if started:
+            if passage.status:
                 raise
-            await send_error(send, error, self._shape, extra=echoed(headers))
+            await send_error(tracked, error, self._shape, extra=echoed(headers))
+        finally:
+            if self._meter is not None and passage.is_counted:
+                passage.ended = time.perf_counter()
+                self._meter(passage, headers)
 
 
 class Application(FastAPI):

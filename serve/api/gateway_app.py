@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -15,10 +15,10 @@ from starlette.routing import BaseRoute, Route
 
 from serve import __version__
 from serve.api import documents, openai_surface
-from serve.api.application import Answer, Application, Endpoint
+from serve.api.application import Answer, Application, Endpoint, Meter, Passage
 from serve.api.body import Uploads, check_media_type, json_type, parse_object, read_body
 from serve.api.directory import Directory, ModelStatus, find, not_ready
-from serve.api.errors import ReplicaLost, Shape, describe, open_inference_shape, openai_shape
+from serve.api.errors import TABLE, PathNotFound, ReplicaLost, Shape, describe, open_inference_shape, openai_shape
 from serve.api.forward import Reply, Upstream, UpstreamError
 from serve.api.multipart import parse_form
 from serve.api.pages import gateway_page
@@ -34,6 +34,8 @@ from serve.api.wire import (
 )
 from serve.errors import DeadlineExceeded, InvalidInput, NotReady
 from serve.settings import Settings
+from serve.telemetry.metrics import GatewayMetrics
+from serve.telemetry.traceparent import sampled_trace
 
 _PASSED_ON = (
     b"content-type", b"accept", b"x-request-id", b"traceparent", b"tracestate", b"baggage", b"x-request-timeout-ms",
@@ -46,6 +48,8 @@ _OF_ONE_HOP = frozenset((
 # A request that one of these applications passes on says so; where it comes back to one, it found no replica.
 _PASSED_ALONG = b"x-roundhouse-passed-along"
 _UNROUTED = b"x-roundhouse-unrouted"
+# What a replica's own refusal is counted as here, where only its status is looked at.
+_OUTCOMES = {told.status: told.code for _, told in reversed(TABLE)} | {400: "invalid_value"}
 _STATES = {"ready": "READY", "failed": "UNAVAILABLE", "draining": "UNLOADING"}
 _EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"]
 _ROUTE_RETRY_S = 1.0
@@ -78,6 +82,8 @@ class GatewayRoutes:
         self._upstream = Upstream(base_url, spare_url=settings.proxies_url)
         self._uploads = Uploads(_ARRIVING_BYTES)
         self._watch = watch_disconnect
+        self._metrics_dir = settings.metrics_dir
+        self._metrics = GatewayMetrics(settings.metrics_dir)
 
     def application(self) -> Application:
         """Return the application."""
@@ -87,8 +93,9 @@ class GatewayRoutes:
             yield
             self._upstream.close()
 
+        meter = self._meter("openai")
         hot = {
-            f"/v1/{endpoint}": Endpoint(self._forwarded(endpoint), openai_shape)
+            f"/v1/{endpoint}": Endpoint(self._forwarded(endpoint), openai_shape, meter=meter)
             for endpoint in openai_surface.ENDPOINTS
         }
         return Application(hot=hot, routes=self._routes(), title="Roundhouse", lifespan=lifespan)
@@ -98,6 +105,8 @@ class GatewayRoutes:
             return Route(path, Endpoint.telling(make, shape), methods=["GET"])
 
         every = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+        openai = Endpoint(self._unrouted, openai_shape, meter=self._meter("openai"))
+        open_inference = Endpoint(self._unrouted, open_inference_shape, meter=self._meter("open_inference"))
         return [
             get("/v2", lambda _: server_metadata()),
             get("/v2/health/live", lambda _: {"live": True, "ready": not self._waiting()}),
@@ -108,9 +117,10 @@ class GatewayRoutes:
                 for verb in ("load", "unload")
             ),
             Route("/v2/models/stats", Endpoint(self._stats, open_inference_shape), methods=["GET"]),
-            Route("/v2/models/{name}/v1/{rest:path}", Endpoint(self._unrouted, openai_shape), methods=every),
-            Route("/v2/models/{name}/{rest:path}", Endpoint(self._unrouted, open_inference_shape), methods=every),
-            Route("/v2/models/{name}", Endpoint(self._unrouted, open_inference_shape), methods=every),
+            Route("/v2/models/{name}/v1/{rest:path}", openai, methods=every),
+            Route("/v2/models/{name}/{rest:path}", open_inference, methods=every),
+            Route("/v2/models/{name}", open_inference, methods=every),
+            Route("/metrics", Endpoint(self._exposed, open_inference_shape), methods=["GET"]),
             get("/v1/models", lambda _: self._listed(), openai_shape),
             get("/v1/models/{name:path}", self._one_model, openai_shape),
             get("/openapi.json", lambda _: documents.gateway_document(self._directory.models())),
@@ -118,7 +128,27 @@ class GatewayRoutes:
             Route("/", Endpoint(self._page, open_inference_shape), methods=["GET"]),
         ]
 
+    def _meter(self, protocol: str) -> Meter:
+        def ended(passage: Passage, headers: Mapping[bytes, bytes]) -> None:
+            outcome = passage.outcome
+            if outcome == "ok" and passage.status >= 400:
+                outcome = _OUTCOMES.get(passage.status, "internal_error")
+            trace = sampled_trace(headers.get(b"traceparent"))
+            self._metrics.of(passage.model).ended(protocol, outcome, passage.ended - passage.began, trace)
+
+        return ended
+
     # Documents
+
+    async def _exposed(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:  # noqa: ARG002
+        """`GET /metrics`: what all processes of this node have recorded."""
+        if self._metrics_dir is None:
+            raise PathNotFound("no metrics are kept here: ROUNDHOUSE_METRICS_DIR is not set")
+        from serve.telemetry.exposition import exposed  # what it needs takes a tenth of a second to import
+
+        accept = headers.get(b"accept", b"").decode("latin-1")
+        text, content_type = await asyncio.to_thread(exposed, self._metrics_dir, accept)
+        await send_bytes(send, 200, [(b"content-type", content_type.encode())], text)
 
     def _waiting(self) -> list[ModelStatus]:
         """Return the models that are on their way; one that failed holds up nobody."""
@@ -179,7 +209,10 @@ class GatewayRoutes:
     async def _unrouted(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
         """Answer for a model to which the proxy knew no way: it is not ready, or the proxy has not heard of it yet."""
         name = scope["path_params"]["name"]
+        passage = Passage.of(scope)
+        passage.is_counted = scope["method"] == "POST" and _PASSED_ALONG not in headers
         status = find(self._directory, name)
+        passage.model = status.name
         if _PASSED_ALONG in headers:
             await send_bytes(send, 503, [(_UNROUTED, b"1")], b"")
             return
@@ -200,7 +233,7 @@ class GatewayRoutes:
         """Return what passes `POST /v1/<endpoint>` on to the model that the body names."""
         is_form = endpoint == "audio/transcriptions"
 
-        async def answer(scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:  # noqa: ARG001
+        async def answer(scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
             if not is_form:
                 check_media_type(headers)
             models = self._directory.models()
@@ -208,6 +241,7 @@ class GatewayRoutes:
             body = await read_body(headers, receive, limit=limit, uploads=self._uploads)
             name = form_model(headers.get(b"content-type"), body) if is_form else body_model(body)
             status = find(self._directory, name)
+            Passage.of(scope).model = status.name
             if not status.ready:
                 raise not_ready(status)
             passed = [(key, headers[key]) for key in _PASSED_ON if key in headers]

@@ -13,7 +13,7 @@ import orjson
 from starlette.routing import BaseRoute, Route
 
 from serve.api import documents, openai_surface
-from serve.api.application import Answer, Application, Endpoint
+from serve.api.application import Answer, Application, Endpoint, Meter, Passage
 from serve.api.body import Uploads, asked_encoding, check_media_type, compress, parse_object, read_body
 from serve.api.deadlines import timeout_s
 from serve.api.errors import describe, open_inference_shape, openai_shape
@@ -34,6 +34,7 @@ from serve.errors import InvalidInput, ModelNotFound, NotReady
 from serve.host import Host
 from serve.models.base import Item
 from serve.settings import Settings
+from serve.telemetry.traceparent import sampled_trace
 
 Headers = dict[bytes, bytes]
 Result = Mapping[str, Any]
@@ -71,17 +72,32 @@ class ModelRoutes:
 
     def application(self) -> Application:
         """Return the application."""
-        infer = Endpoint(self.infer, open_inference_shape)
+        infer = Endpoint(self.infer, open_inference_shape, meter=self._meter("open_inference"))
+        openai = {
+            "embeddings": self.embeddings,
+            "chat/completions": self._text("chat/completions"),
+            "completions": self._text("completions"),
+            "audio/transcriptions": self.transcriptions,
+        }
+        meter = self._meter("openai")
         hot = {
             "/infer": infer,
             f"/versions/{self._protocol.version}/infer": infer,
-            "/v1/embeddings": Endpoint(self.embeddings, openai_shape),
-            "/v1/chat/completions": Endpoint(self._text("chat/completions"), openai_shape),
-            "/v1/completions": Endpoint(self._text("completions"), openai_shape),
-            "/v1/audio/transcriptions": Endpoint(self.transcriptions, openai_shape),
+            **{f"/v1/{endpoint}": Endpoint(answer, openai_shape, meter=meter) for endpoint, answer in openai.items()},
         }
         name = self._spec.name
         return Application(hot=hot, routes=self._routes(), title=name, description=self._spec.description)
+
+    def _meter(self, protocol: str) -> Meter:
+        metrics = self._host.metrics
+
+        def ended(passage: Passage, headers: Mapping[bytes, bytes]) -> None:
+            trace = sampled_trace(headers.get(b"traceparent"))
+            metrics.requests.ended(protocol, passage.outcome, passage.ended - passage.began, trace)
+            if passage.outcome == "ok" and passage.left:
+                metrics.passed(read_s=passage.entered - passage.began, respond_s=passage.ended - passage.left)
+
+        return ended
 
     def _routes(self) -> list[BaseRoute]:
         protocol = self._protocol
@@ -165,12 +181,16 @@ class ModelRoutes:
     # Hot routes
 
     async def _infer(
-        self, items: Sequence[Item], receive: Receive, *, timeout_s: float | None, size_bytes: int
+        self, scope: Scope, items: Sequence[Item], receive: Receive, *, timeout_s: float | None, size_bytes: int
     ) -> Sequence[Result]:
+        passage = Passage.of(scope)
+        passage.entered = time.perf_counter()
         work = self._host.infer(items, timeout_s=timeout_s, size_bytes=size_bytes)
-        return await (unless_disconnected(work, receive) if self._watch else work)
+        results = await (unless_disconnected(work, receive) if self._watch else work)
+        passage.left = time.perf_counter()
+        return results
 
-    async def infer(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:  # noqa: ARG002
+    async def infer(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
         """`POST /infer`: tensors in, tensors out."""
         wait_s = timeout_s(headers)
         check_media_type(headers)
@@ -178,7 +198,7 @@ class ModelRoutes:
         request = self._protocol.read(body, headers.get(HEADER_LENGTH))
         if request.timeout_s is not None:
             wait_s = request.timeout_s if wait_s is None else min(wait_s, request.timeout_s)
-        results = await self._infer(request.items, receive, timeout_s=wait_s, size_bytes=len(body))
+        results = await self._infer(scope, request.items, receive, timeout_s=wait_s, size_bytes=len(body))
         answer, content = self._protocol.write(request, results)
         answer += echoed(headers)
         encoding = asked_encoding(headers)
@@ -187,7 +207,7 @@ class ModelRoutes:
             answer.append((b"content-encoding", encoding.encode()))
         await send_bytes(send, 200, answer, content)
 
-    async def embeddings(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:  # noqa: ARG002
+    async def embeddings(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
         """`POST /v1/embeddings`: texts in, vectors out."""
         openai_surface.check_task("embeddings", self._spec)
         wait_s = timeout_s(headers)
@@ -196,12 +216,12 @@ class ModelRoutes:
         request = openai_surface.read_embeddings(parse_object(body), self._spec, self._signature)
         items = [{"text": text} for text in request.texts]
         with _about_field("input"):
-            results = await self._infer(items, receive, timeout_s=wait_s, size_bytes=len(body))
+            results = await self._infer(scope, items, receive, timeout_s=wait_s, size_bytes=len(body))
         answer = openai_surface.embeddings_answer(request, results, model=self._spec.name)
         content = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
         await send_bytes(send, 200, [JSON_HEADER, *echoed(headers)], content)
 
-    async def transcriptions(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:  # noqa: ARG002
+    async def transcriptions(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
         """`POST /v1/audio/transcriptions`: a recording in, its words out."""
         openai_surface.check_task("audio/transcriptions", self._spec)
         wait_s = timeout_s(headers)
@@ -209,7 +229,7 @@ class ModelRoutes:
         form = parse_form(headers.get(b"content-type"), body)
         request = openai_surface.read_transcription(form, self._spec, self._signature)
         with _about_field("file"):
-            results = await self._infer([request.item], receive, timeout_s=wait_s, size_bytes=len(body))
+            results = await self._infer(scope, [request.item], receive, timeout_s=wait_s, size_bytes=len(body))
         answer = openai_surface.transcription_answer(request, results[0])
         if isinstance(answer, str):
             kind = (b"content-type", b"text/plain; charset=utf-8")
@@ -221,7 +241,7 @@ class ModelRoutes:
         """Return what answers `POST /v1/<endpoint>`: a prompt or a chat in, text out, whole or as events."""
         read = _READERS[endpoint]
 
-        async def answer(scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:  # noqa: ARG001
+        async def answer(scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
             openai_surface.check_task(endpoint, self._spec)
             wait_s = timeout_s(headers)
             check_media_type(headers)
@@ -236,9 +256,9 @@ class ModelRoutes:
             )
             with _about_field(request.field, choices=request.choices):
                 if request.stream:
-                    await self._stream(request, told, headers, receive, send, wait_s, len(body))
+                    await self._stream(request, told, scope, headers, receive, send, wait_s, len(body))
                     return
-                results = await self._infer(request.items, receive, timeout_s=wait_s, size_bytes=len(body))
+                results = await self._infer(scope, request.items, receive, timeout_s=wait_s, size_bytes=len(body))
             content = orjson.dumps(told.whole(results), option=orjson.OPT_SERIALIZE_NUMPY)
             await send_bytes(send, 200, [JSON_HEADER, *echoed(headers)], content)
 
@@ -248,6 +268,7 @@ class ModelRoutes:
         self,
         request: openai_surface.TextRequest,
         told: openai_surface.TextAnswer,
+        scope: Scope,
         headers: Headers,
         receive: Receive,
         send: Send,
@@ -257,6 +278,8 @@ class ModelRoutes:
         """Send the choices as server-sent events; an error before the first part has its status, later an event."""
         last: dict[int, Result] = {}
         started = False
+        passage = Passage.of(scope)
+        passage.entered = time.perf_counter()
         try:
             together = merged(self._host, request.items, timeout_s=wait_s, size_bytes=size_bytes)
             async with cancelled_on_disconnect(receive), together as parts:
@@ -271,11 +294,13 @@ class ModelRoutes:
                         last[index] = part
                     if events:
                         await _send_events(send, events)
+                passage.left = time.perf_counter()
                 closing = told.closing([last[index] for index in sorted(last)])
                 await _send_events(send, [closing] if closing else [], end=b"data: [DONE]\n\n")
         except Exception as error:
             if not started:
                 raise
+            passage.failed(error)
             await _send_events(send, [openai_shape(*describe(error))], end=b"")
         if started:
             await send({"type": "http.response.body", "body": b"", "more_body": False})

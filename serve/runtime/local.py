@@ -133,7 +133,8 @@ class Platform:
         require_free_port(self._settings.host, self._settings.port)
         self._folder = Path(tempfile.mkdtemp(prefix="rh-", dir="/tmp"))
         (self._folder / "token").write_text(secrets.token_hex(32))
-        os.environ.update(self._settings.as_environment())
+        metrics_dir = self._settings.metrics_dir or self._folder / "metrics"
+        os.environ.update(self._settings.replaced(metrics_dir=metrics_dir).as_environment())
         os.environ.update(ray_environment(self._folder, ports=_free_ports(5), hard_stop_s=_drain_s(specs)))
         if _CAN_FORK:
             fork_server.start(self._folder, modules=list(dict.fromkeys(module_of(spec.task) for spec in specs)))

@@ -20,6 +20,7 @@ from serve.runtime.ingress import take_over
 from serve.runtime.phases import PhaseReporter
 from serve.settings import Settings
 from serve.spec import ModelSpec
+from serve.telemetry.metrics import ReplicaMetrics
 
 # The event loop and the model's thread share the GIL; a shorter turn lets the model's next operation start sooner.
 SWITCH_INTERVAL_S = 0.0005
@@ -43,7 +44,8 @@ class ModelReplica:
         self._settings = Settings.from_environment()
         say = PhaseReporter(self._spec.name, ray_serve.get_replica_context().replica_tag)
         say("starting", "importing")
-        self._host = Host(self._spec, settings=self._settings, base_dir=Path(base_dir))
+        metrics = ReplicaMetrics.of(self._spec.name, folder=self._settings.metrics_dir)
+        self._host = Host(self._spec, settings=self._settings, base_dir=Path(base_dir), metrics=metrics)
 
         def on_phase(phase: Phase) -> None:
             say(phase.name, phase.message, phase.done, phase.total)

@@ -95,5 +95,5 @@ def test_every_setting_that_is_no_place_of_a_pod_can_be_given():
 def _aliases() -> Iterator[dict[str, str]]:
     for name in Settings.model_fields:
         first, *rest = name.split("_")
-        if name not in {"cache_dir", "state_dir", "host", "port", "proxies_url"}:
+        if name not in {"cache_dir", "state_dir", "host", "port", "proxies_url", "metrics_dir"}:
             yield {"alias": first + "".join(word.capitalize() for word in rest)}

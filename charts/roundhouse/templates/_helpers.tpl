@@ -98,6 +98,9 @@ securityContext:
 {{ .Files.Get "files/ray-environment.yaml" }}
 - name: ROUNDHOUSE_PROXIES_URL
   value: {{ include "roundhouse.inferenceUrl" . }}
+# A pod is a node; the folder outlives its containers, and with it what was counted.
+- name: ROUNDHOUSE_METRICS_DIR
+  value: /dev/shm/roundhouse-metrics
 - name: RAY_AUTH_TOKEN_PATH
   value: /etc/roundhouse/token/auth_token
 - name: RAY_gcs_rpc_server_reconnect_timeout_s

@@ -1,0 +1,256 @@
+"""Every instrument, named in one place, so that dashboards, documents and code cannot mean different things by a name.
+
+Names and units are OpenTelemetry's; `Instrument.exposed_name` is what its rules make of them for Prometheus. The values
+of every label are listed here. A model's name is the only label besides, and comes from the declaration: nothing that a
+client sends becomes a label.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+#: UCUM units and the words that Prometheus's names end with; an annotation such as `{item}` adds none.
+UNIT_WORDS = {"s": "seconds", "By": "bytes"}
+
+PROTOCOLS = ("open_inference", "openai")
+#: `ok`, and the codes of `serve.api.errors`; a test holds the two lists together.
+OUTCOMES = (
+    "ok",
+    "unsupported_parameter",
+    "payload_too_large",
+    "unsupported_media_type",
+    "invalid_value",
+    "model_not_found",
+    "not_found",
+    "method_not_allowed",
+    "overloaded",
+    "client_closed_request",
+    "model_not_ready",
+    "replica_lost",
+    "deadline_exceeded",
+    "prediction_failed",
+    "internal_error",
+)
+STATUSES = ("ok", "error")
+KINDS = ("item", "stream")
+LOAD_PHASES = ("downloading", "loading", "warming")
+PHASES = ("queued", *LOAD_PHASES, "ready", "draining", "failed")
+REQUEST_PHASES = ("read", "prepare", "queue", "compute", "respond")
+
+_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0)
+_TOKEN_SECONDS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
+_LOAD_SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
+_SIZES = tuple(float(2**power) for power in range(13))
+
+
+@dataclass(frozen=True, slots=True)
+class Instrument:
+    """One thing that is measured.
+
+    Args:
+        name: OpenTelemetry's.
+        unit: UCUM.
+        labels: Label -> all its values; `model` comes with every instrument and is not among them.
+        bounds: Upper bounds of a histogram's buckets, in the unit; infinity is not among them.
+        exemplars: Whether a bucket keeps the trace of the last request in it.
+    """
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    unit: str
+    description: str
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    bounds: tuple[float, ...] = ()
+    exemplars: bool = False
+
+    @property
+    def exposed_name(self) -> str:
+        """Return Prometheus's name, without the `_total` that a counter's samples end with."""
+        word = UNIT_WORDS.get(self.unit)
+        name = self.name.replace(".", "_")
+        return f"{name}_{word}" if word else name
+
+    def series(self) -> Iterator[tuple[str, ...]]:
+        """Yield each combination of the labels' values."""
+        return itertools.product(*self.labels.values())
+
+
+REQUESTS = Instrument(
+    "roundhouse.requests",
+    "counter",
+    "{request}",
+    "Requests answered or given up by replicas, by outcome: `ok`, or the code of the error.",
+    {"protocol": PROTOCOLS, "outcome": OUTCOMES},
+)
+REQUEST_DURATION = Instrument(
+    "roundhouse.request.duration",
+    "histogram",
+    "s",
+    "From a request's arrival at the replica to the last byte of its answer.",
+    {"protocol": PROTOCOLS, "status": STATUSES},
+    bounds=_SECONDS,
+    exemplars=True,
+)
+PHASE_DURATION = Instrument(
+    "roundhouse.request.phase.duration",
+    "histogram",
+    "s",
+    "Where the time of answered requests went. `read`: body and items. `prepare`: the call that made the first item "
+    "ready. `queue`: the rest of the wait for the model. `compute`: from the first item's batch, or the stream's slot, "
+    "to the answer. `respond`: writing it. The middle three are of each stream where one request opens several.",
+    {"phase": REQUEST_PHASES},
+    bounds=_SECONDS,
+)
+QUEUE_DEPTH = Instrument(
+    "roundhouse.queue.depth", "gauge", "{item}", "Items and streams that wait for the model.", {"kind": KINDS}
+)
+QUEUE_SIZE = Instrument(
+    "roundhouse.queue.size", "gauge", "By", "Bytes of the requests whose items or streams wait.", {"kind": KINDS}
+)
+RUNNING = Instrument(
+    "roundhouse.running", "gauge", "{item}", "Items in the batch that runs, and streams in slots.", {"kind": KINDS}
+)
+BATCH_SIZE = Instrument(
+    "roundhouse.batch.size",
+    "histogram",
+    "{item}",
+    "Items of each batch, and streams of each step.",
+    {"kind": KINDS},
+    bounds=_SIZES,
+)
+BATCH_DURATION = Instrument(
+    "roundhouse.batch.duration",
+    "histogram",
+    "s",
+    "Time of each batch or step; its sum is how long the model was busy.",
+    {"kind": KINDS},
+    bounds=_SECONDS,
+)
+COST_ASKED = Instrument(
+    "roundhouse.batch.cost.asked",
+    "counter",
+    "{cost}",
+    "Cost of the items in batches, in the task's own unit (tokens for text); only where batches are padded or bounded "
+    "in cost.",
+)
+COST_COMPUTED = Instrument(
+    "roundhouse.batch.cost.computed",
+    "counter",
+    "{cost}",
+    "Cost of the batches as they were computed; what is beyond the cost asked is padding.",
+)
+REJECTED = Instrument(
+    "roundhouse.rejected",
+    "counter",
+    "{item}",
+    "Items and streams that were not let into the queue.",
+    {"reason": ("queue_full", "queue_bytes_full", "not_ready")},
+)
+DROPPED = Instrument(
+    "roundhouse.dropped",
+    "counter",
+    "{item}",
+    "Items and streams given up before their answer, where they were then. `cancelled`: the caller left. `expired`: "
+    "the deadline passed. `sibling`: another item of the request failed. `shutdown`: the replica ended.",
+    {"reason": ("cancelled", "expired", "sibling", "shutdown"), "stage": ("queued", "running")},
+)
+TIME_TO_FIRST_TOKEN = Instrument(
+    "roundhouse.time_to_first_token",
+    "histogram",
+    "s",
+    "From a stream's arrival in the queue to its first part, whether it is sent in parts or whole.",
+    bounds=_SECONDS,
+)
+INTER_TOKEN_LATENCY = Instrument(
+    "roundhouse.inter_token_latency",
+    "histogram",
+    "s",
+    "Between a stream's tokens after the first part, one observation a token.",
+    bounds=_TOKEN_SECONDS,
+)
+TOKENS = Instrument(
+    "roundhouse.tokens",
+    "counter",
+    "{token}",
+    "Tokens generated (`output`), and of the prompts of finished streams (`input`).",
+    {"type": ("input", "output")},
+)
+MODEL_PHASE = Instrument(
+    "roundhouse.model.phase", "gauge", "{replica}", "Replica processes in each phase.", {"phase": PHASES}
+)
+LOAD_PHASE_DURATION = Instrument(
+    "roundhouse.model.load.phase.duration",
+    "histogram",
+    "s",
+    "Time of each phase of a model's load.",
+    {"phase": LOAD_PHASES},
+    bounds=_LOAD_SECONDS,
+)
+COLD_STARTS = Instrument("roundhouse.cold_starts", "counter", "{start}", "Loads of the model that ended with it ready.")
+COLD_START_DURATION = Instrument(
+    "roundhouse.cold_start.duration",
+    "histogram",
+    "s",
+    "From the beginning of a load to the model's being ready.",
+    bounds=_LOAD_SECONDS,
+)
+LOAD_FAILURES = Instrument(
+    "roundhouse.model.load.failures",
+    "counter",
+    "{start}",
+    "Loads that failed: the `source` could not be had, or the `model` did not load or warm up.",
+    {"reason": ("source", "model")},
+)
+GATEWAY_REQUESTS = Instrument(
+    "roundhouse.gateway.requests",
+    "counter",
+    "{request}",
+    "Requests that came through the gateway or were answered by it, by outcome; those it passes on count at a replica "
+    "too. `model` is empty where none was named that is declared.",
+    {"protocol": PROTOCOLS, "outcome": OUTCOMES},
+)
+GATEWAY_REQUEST_DURATION = Instrument(
+    "roundhouse.gateway.request.duration",
+    "histogram",
+    "s",
+    "From a request's arrival at the gateway to the last byte of its answer.",
+    {"protocol": PROTOCOLS, "status": STATUSES},
+    bounds=_SECONDS,
+    exemplars=True,
+)
+MEMORY = Instrument(
+    "roundhouse.process.memory",
+    "gauge",
+    "By",
+    "Main memory of the model's replica processes; what processes share is divided among them (PSS) where the system "
+    "tells it, else it is counted in each (RSS).",
+)
+
+#: What a replica records.
+REPLICA = (
+    REQUESTS, REQUEST_DURATION, PHASE_DURATION, QUEUE_DEPTH, QUEUE_SIZE, RUNNING, BATCH_SIZE, BATCH_DURATION,
+    COST_ASKED, COST_COMPUTED, REJECTED, DROPPED, TIME_TO_FIRST_TOKEN, INTER_TOKEN_LATENCY, TOKENS, MODEL_PHASE,
+    LOAD_PHASE_DURATION, COLD_STARTS, COLD_START_DURATION, LOAD_FAILURES,
+)  # fmt: skip
+#: What a gateway records.
+GATEWAY = (GATEWAY_REQUESTS, GATEWAY_REQUEST_DURATION)
+#: Who records, and what: the first part of a page's file name.
+ROLES: Mapping[str, tuple[Instrument, ...]] = MappingProxyType({"replica": REPLICA, "gateway": GATEWAY})
+#: `MEMORY` is recorded by nobody: it is found out when it is asked for.
+ALL = (*REPLICA, *GATEWAY, MEMORY)
+
+
+def markdown_table() -> str:
+    """Return the table of docs/metrics.md."""
+    lines = ["| name | kind | unit | labels beside `model` | meaning |", "|---|---|---|---|---|"]
+    for one in ALL:
+        name = f"{one.exposed_name}_total" if one.kind == "counter" else one.exposed_name
+        labels = "<br>".join(f"`{label}`: {', '.join(values)}" for label, values in one.labels.items())
+        kind = f"{one.kind}, exemplars" if one.exemplars else one.kind
+        buckets = f" Buckets up to {', '.join(f'{bound:g}' for bound in one.bounds)}." if one.bounds else ""
+        lines.append(f"| `{name}` | {kind} | {one.unit} | {labels} | {one.description}{buckets} |")
+    return "\n".join(lines) + "\n"

@@ -141,6 +141,7 @@ class Page:
     """
 
     def __init__(self, role: str, memory: mmap.mmap | bytearray, file: int | None = None) -> None:
+        self._role = role
         self._layout = layout_of(role)
         self._memory = memory
         self._file = file
@@ -213,9 +214,15 @@ class Page:
         for values in instrument.series():
             yield values, self._layout.slots[instrument.name, values]
 
+    def reading(self, model: str) -> Reading:
+        """Return the page as it is now."""
+        return Reading(self._role, model, int(self._values[0]), self._file is not None, bytes(self._memory))
+
     def release(self) -> None:
         """Leave the page to the next process of its model; what is recorded afterwards is nobody's."""
         if self._file is not None:
+            # The mapping holds a duplicate of the file, and with it the lock.
+            fcntl.flock(self._file, fcntl.LOCK_UN)
             os.close(self._file)
             self._file = None
 

@@ -557,6 +557,8 @@ class Stepper:
             else:
                 stream.key = key
                 stream.admitted_at = self._clock()
+                with self._lock:
+                    self._tell_what_it_holds()
             stream.prepared = None
 
     def _hold_slow_readers(self) -> bool:

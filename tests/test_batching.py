@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 
 from serve.batching import Batcher, Pace, compose
 from serve.errors import DeadlineExceeded, NotReady, Overloaded, PredictionFailed
+from serve.telemetry import instruments as named
+from serve.telemetry.metrics import WorkMetrics
+from serve.telemetry.page import Page
 from tests.fake_time import run
 
 EPSILON = 1e-9
@@ -85,6 +88,15 @@ class Record:
     day: Day
     lives: list[Life]
     runs: list[Run]
+    page: Page = field(default_factory=lambda: Page.private("replica"))
+
+    def number(self, instrument: named.Instrument, *values: str) -> float:
+        """What the metrics say: a number, or how many a histogram has observed."""
+        told = self.page.reading("toy").numbers(instrument, values)
+        return sum(told[:-1]) if instrument.kind == "histogram" else told[0]
+
+    def sum_of(self, histogram: named.Instrument, *values: str) -> float:
+        return self.page.reading("toy").numbers(histogram, values)[-1]
 
 
 async def live(day: Day) -> Record:
@@ -121,6 +133,7 @@ async def live(day: Day) -> Record:
         max_queue_bytes=day.max_queue_bytes,
         prepare=None if day.prepare_s is None else prepare,
         clock=loop.time,
+        metrics=WorkMetrics(record.page, "item"),
     )
     for number, arrival in enumerate(day.arrivals):
         if arrival.gap:
@@ -208,6 +221,38 @@ def test_every_future_is_resolved_exactly_once(day: Day) -> None:
             assert item.resolved_at == pytest.approx(item.deadline, abs=EPSILON)
         else:
             assert item.arrival.fate == ("poison" if isinstance(error, ValueError) else "error")
+
+
+@ordinary
+@given(days)
+def test_metrics_count_each_item_and_each_run_once(day: Day) -> None:
+    record = run(live(day))
+    accepted = [item for item in record.lives if item.future is not None]
+    cancelled = [item for item in accepted if item.future.cancelled()]
+    errors = [(item, item.future.exception()) for item in accepted if not item.future.cancelled()]
+    expired = [item for item, error in errors if isinstance(error, DeadlineExceeded)]
+    answered = [item for item, error in errors if error is None]
+    rejected = [record.number(named.REJECTED, reason) for reason in ("queue_full", "queue_bytes_full")]
+    assert sum(rejected) == len(record.lives) - len(accepted)
+    for reason, items in (("cancelled", cancelled), ("expired", expired)):
+        told = tuple(record.number(named.DROPPED, reason, stage) for stage in ("queued", "running"))
+        assert told == (sum(not item.runs for item in items), sum(bool(item.runs) for item in items))
+    for phase in ("prepare", "queue", "compute"):
+        assert record.number(named.PHASE_DURATION, phase) == len(answered)
+    whole = sum(item.resolved_at - item.came for item in answered)
+    parts = sum(record.sum_of(named.PHASE_DURATION, phase) for phase in ("prepare", "queue", "compute"))
+    assert parts == pytest.approx(whole, abs=1e-6)
+    assert record.number(named.BATCH_SIZE, "item") == len(record.runs)
+    assert record.sum_of(named.BATCH_SIZE, "item") == sum(len(one.numbers) for one in record.runs)
+    busy = sum(one.end - one.start for one in record.runs)
+    assert record.sum_of(named.BATCH_DURATION, "item") == pytest.approx(busy, abs=1e-6)
+    if day.prepare_s is None and (day.padded or day.max_batch_cost is not None):
+        batches = [[record.lives[number].arrival.cost for number in one.numbers] for one in record.runs]
+        assert record.number(named.COST_ASKED) == sum(map(sum, batches))
+        padded = sum(len(batch) * max(batch) for batch in batches)
+        assert record.number(named.COST_COMPUTED) == (padded if day.padded else sum(map(sum, batches)))
+    for gauge in (named.QUEUE_DEPTH, named.QUEUE_SIZE, named.RUNNING):
+        assert record.number(gauge, "item") == 0
 
 
 @ordinary
@@ -667,5 +712,58 @@ def test_deadlines_that_were_kept_are_forgotten() -> None:
         assert loop.time() == started
         with pytest.raises(DeadlineExceeded):
             await batcher.submit("late", deadline=loop.time())
+
+    run(story())
+
+
+def test_metrics_tell_where_a_request_s_time_went_and_what_waits() -> None:
+    async def story() -> None:
+        record = Record(Day(()), [], [])
+
+        async def prepare(batch: Sequence[Any]) -> list[int]:
+            await asyncio.sleep(2)
+            return [1] * len(batch)
+
+        async def model(batch: Sequence[Any]) -> list[Any]:
+            await asyncio.sleep(10)
+            return list(batch)
+
+        batcher = batcher_of(model, prepare=prepare, padded=True, metrics=WorkMetrics(record.page, "item"))
+        first = batcher.submit("a", size_bytes=7)
+        await asyncio.sleep(1)
+        second = batcher.submit_many(["b", "c"], size_bytes=30)
+        await asyncio.sleep(1)
+        assert record.number(named.QUEUE_DEPTH, "item") == 2
+        assert record.number(named.QUEUE_SIZE, "item") == 30
+        assert record.number(named.RUNNING, "item") == 1
+        await first
+        assert [record.sum_of(named.PHASE_DURATION, phase) for phase in ("prepare", "queue", "compute")] == [0, 0, 10]
+        await second
+        assert [record.sum_of(named.PHASE_DURATION, phase) for phase in ("prepare", "queue", "compute")] == [2, 7, 20]
+        assert record.number(named.PHASE_DURATION, "queue") == 2, "one a request, not one an item"
+
+    run(story())
+
+
+def test_metrics_tell_of_items_that_nobody_wants_any_more() -> None:
+    async def story() -> None:
+        record, gate = Record(Day(()), [], []), Gate()
+        batcher = batcher_of(gate, max_batch_size=2, metrics=WorkMetrics(record.page, "item"))
+        request = batcher.submit_many(["a", "b", "c"])
+        late = batcher.submit("d", deadline=asyncio.get_running_loop().time())
+        await turns()
+        gate.open(lambda batch: [ValueError("bad"), "b"])
+        await asyncio.gather(request, late, return_exceptions=True)
+        await turns()
+        assert record.number(named.DROPPED, "sibling", "queued") == 1, "c; b was computed already"
+        assert record.number(named.DROPPED, "sibling", "running") == 1, "b, in the batch that just ended"
+        assert record.number(named.DROPPED, "expired", "queued") == 1
+        left = batcher.submit("e")
+        await batcher.close()
+        await asyncio.gather(left, return_exceptions=True)
+        assert record.number(named.DROPPED, "shutdown", "queued") == 1
+        with pytest.raises(NotReady):
+            batcher.submit_many(["f", "g"])
+        assert record.number(named.REJECTED, "not_ready") == 2
 
     run(story())

@@ -26,6 +26,8 @@ from serve.errors import (
 from serve.host import Host, Phase
 from serve.models.base import LoadContext, Step
 from serve.settings import Settings
+from serve.telemetry.metrics import ReplicaMetrics
+from tests.scraping import Scrape
 from tests.toys import Countdown, Echo, Poison, Prepared, Slow, Words, spec
 
 
@@ -490,3 +492,46 @@ async def test_closing_what_never_loaded_ends():
     with pytest.raises(LoadError):
         await host.load()
     await host.close()
+
+
+async def test_metrics_tell_how_it_loads_and_which_phase_it_is_in(tmp_path: Path) -> None:
+    told: list[dict[str, float]] = []
+    now = 10.0
+
+    class Watched(Echo):
+        def load(self, context: LoadContext) -> None:
+            nonlocal now
+            told.append(Scrape(tmp_path).nonzero("model_phase", "phase"))
+            now += 4
+
+        def predict(self, batch: Sequence[Any]) -> Sequence[Any]:
+            nonlocal now
+            now += 1
+            return super().predict(batch)
+
+    metrics = ReplicaMetrics.of("toy", folder=tmp_path)
+    host = Host(spec(), settings=Settings(), model=Watched(), metrics=metrics, clock=lambda: now)
+    assert Scrape(tmp_path).nonzero("model_phase", "phase") == {"queued": 1}
+    with pytest.raises(NotReady):
+        await host.infer(rows(1, 2))
+    await host.load()
+    scrape = Scrape(tmp_path)
+    assert told == [{"loading": 1}]
+    assert scrape.nonzero("model_phase", "phase") == {"ready": 1}
+    assert scrape.nonzero("model_load_phase_duration_seconds_sum", "phase") == {"loading": 4, "warming": 1}
+    assert (scrape("cold_starts_total"), scrape("cold_start_duration_seconds_sum")) == (1, 5)
+    assert scrape("rejected_total", reason="not_ready") == 2
+    await host.close()
+    assert Scrape(tmp_path).nonzero("model_phase", "phase") == {"draining": 1}
+
+
+@pytest.mark.parametrize(("source", "reason"), [("file:absent", "source"), ("file:.", "model")])
+async def test_metrics_tell_why_a_load_failed(tmp_path: Path, source: str, reason: str) -> None:
+    metrics = ReplicaMetrics.of("toy", folder=tmp_path / "metrics")
+    host = Host(spec(source=source), settings=Settings(), base_dir=tmp_path, metrics=metrics)
+    with pytest.raises((SourceError, LoadError)):
+        await host.load()
+    scrape = Scrape(tmp_path / "metrics")
+    assert scrape.nonzero("model_load_failures_total", "reason") == {reason: 1}
+    assert scrape.nonzero("model_phase", "phase") == {"failed": 1}
+    assert scrape("cold_starts_total") == 0

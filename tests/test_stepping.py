@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 
 from serve.errors import Cancelled, DeadlineExceeded, InvalidInput, NotReady, Overloaded, PredictionFailed
 from serve.stepping import Generators, Stepper, Stream, WorkThread
+from serve.telemetry import instruments as named
+from serve.telemetry.metrics import WorkMetrics
+from serve.telemetry.page import Page
 from tests.toys import Countdown, Words
 
 
@@ -428,3 +431,95 @@ async def test_work_thread_answers_raises_and_skips_what_was_cancelled() -> None
     with pytest.raises(NotReady):
         thread.call(max, 2, 3)
     await until(lambda: not thread.is_alive())
+
+
+class Told:
+    """A page and what it says."""
+
+    def __init__(self) -> None:
+        self.page = Page.private("replica")
+        self.metrics = WorkMetrics(self.page, "stream")
+
+    def __call__(self, instrument: named.Instrument, *values: str) -> float:
+        """A number, or how many a histogram has observed."""
+        told = self.page.reading("toy").numbers(instrument, values)
+        return sum(told[:-1]) if instrument.kind == "histogram" else told[0]
+
+    def sum_of(self, histogram: named.Instrument, *values: str) -> float:
+        return self.page.reading("toy").numbers(histogram, values)[-1]
+
+
+async def test_metrics_count_tokens_and_the_time_between_them() -> None:
+    told, model = Told(), Words(slots=2)
+    reins = Reins(model)
+    now = 100.0
+    async with stepper_of(model, metrics=told.metrics, clock=lambda: now) as stepper:
+        stream = stepper.open(prompt(3))
+        await until(lambda: stepper.stats().running == 1)
+        now = 107.0
+        for _ in range(3):
+            reins.allow()
+            await anext(stream)
+            now += 2
+        assert await texts(stream) == []
+        assert (told(named.TIME_TO_FIRST_TOKEN), told.sum_of(named.TIME_TO_FIRST_TOKEN)) == (1, 7)
+        assert (told(named.INTER_TOKEN_LATENCY), told.sum_of(named.INTER_TOKEN_LATENCY)) == (2, 4)
+        assert (told(named.TOKENS, "output"), told(named.TOKENS, "input")) == (3, 1)
+        assert (told(named.BATCH_SIZE, "stream"), told.sum_of(named.BATCH_SIZE, "stream")) == (3, 3)
+        assert told.sum_of(named.PHASE_DURATION, "compute") == 11
+        assert told(named.PHASE_DURATION, "queue") == told(named.PHASE_DURATION, "prepare") == 1
+        assert not any(told(named.DROPPED, *values) for values in named.DROPPED.series())
+
+
+async def test_metrics_tell_which_streams_wait_run_and_leave() -> None:
+    told, model = Told(), Words(slots=1)
+    reins = Reins(model)
+    async with stepper_of(model, metrics=told.metrics, max_queue=2, max_queue_bytes=100) as stepper:
+        running = stepper.open(prompt(9), size_bytes=5)
+        await until(lambda: told(named.RUNNING, "stream") == 1)
+        waiting = [stepper.open(prompt(9), size_bytes=30), stepper.open(prompt(9), size_bytes=40)]
+        assert (told(named.QUEUE_DEPTH, "stream"), told(named.QUEUE_SIZE, "stream")) == (2, 70)
+        with pytest.raises(Overloaded):
+            stepper.open(prompt(1))
+        waiting[0].close()
+        with pytest.raises(Overloaded):
+            stepper.open(prompt(1), size_bytes=61)
+        assert (told(named.QUEUE_DEPTH, "stream"), told(named.QUEUE_SIZE, "stream")) == (1, 40)
+        assert told(named.REJECTED, "queue_full") == told(named.REJECTED, "queue_bytes_full") == 1
+        running.close()
+        await stepper.close()
+        reins.let_go()
+        assert told(named.DROPPED, "cancelled", "queued") == told(named.DROPPED, "cancelled", "running") == 1
+        assert told(named.DROPPED, "shutdown", "queued") == 1
+        with pytest.raises(NotReady):
+            stepper.open(prompt(1))
+        assert told(named.REJECTED, "not_ready") == 1
+        await until(lambda: told(named.RUNNING, "stream") == told(named.QUEUE_DEPTH, "stream") == 0)
+
+
+async def test_metrics_tell_a_deadline_from_a_reader_that_left() -> None:
+    told, model = Told(), Words(slots=1)
+    reins = Reins(model)
+    async with stepper_of(model, metrics=told.metrics) as stepper:
+        running = stepper.open(prompt(9))
+        await until(lambda: told(named.RUNNING, "stream") == 1)
+        late = stepper.open(prompt(9), deadline=0.0)
+        with pytest.raises(DeadlineExceeded):
+            await texts(late)
+        assert told(named.DROPPED, "expired", "queued") == 1
+        running.close()
+        reins.let_go()
+
+
+@pytest.mark.parametrize("part", [{"token_ids": 7}, {"token_ids": None, "prompt_tokens": "many"}, {"y": 1}, {}])
+async def test_parts_without_tokens_are_no_tokens_and_reach_their_reader(part: dict[str, Any]) -> None:
+    class Odd(Countdown):
+        def stream(self, item: Any) -> Iterator[dict[str, Any]]:
+            yield part | {"n": 1}
+            yield part | {"n": 2}
+
+    told = Told()
+    async with stepper_of(Generators(Odd().stream, 2), metrics=told.metrics) as stepper:
+        assert [found["n"] async for found in stepper.open({})] == [1, 2]
+        assert told(named.TIME_TO_FIRST_TOKEN) == 1
+        assert told(named.TOKENS, "output") == told(named.TOKENS, "input") == told(named.INTER_TOKEN_LATENCY) == 0

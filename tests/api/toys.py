@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,6 +21,7 @@ from serve.host import Host
 from serve.models.base import Item, LoadContext, Signature, Step, TensorSpec
 from serve.settings import Settings
 from serve.spec import ModelSpec
+from serve.telemetry.metrics import ReplicaMetrics
 
 DIMENSIONS = 4
 
@@ -191,9 +193,10 @@ class Listener(Plain):
 
 
 @contextlib.asynccontextmanager
-async def hosted(model_spec: ModelSpec, model: Any) -> AsyncIterator[Host]:
+async def hosted(model_spec: ModelSpec, model: Any, metrics_dir: Path | None = None) -> AsyncIterator[Host]:
     """Load a toy into a real Host."""
-    host = Host(model_spec, settings=Settings(), model=model)
+    metrics = ReplicaMetrics.of(model_spec.name, folder=metrics_dir)
+    host = Host(model_spec, settings=Settings(), model=model, metrics=metrics)
     await host.load()
     try:
         yield host

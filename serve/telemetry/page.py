@@ -2,7 +2,8 @@
 
 A page is a file mapped into the process that owns it. It outlives its process, and the next one of the same model goes
 on counting in it, so that sums over a folder never fall and dead processes leave no heap of files. The owner holds a
-lock on the file, which the system lets go of however the process ends: by it a reader tells whether a gauge holds.
+lock on the file, which the system lets go of however the process ends: by it a reader tells whether a gauge holds. A
+child that the owner forked holds the lock as well, until it ends too.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.conftest import COMMAND, Running, running_platform
 
@@ -174,6 +175,25 @@ def test_a_killed_replica_comes_back_and_the_others_do_not_notice(platform: Runn
     assert set(other.statuses) == {200}
     # What a client sees meanwhile, as the README says: 500 or a closed connection for what was in flight, then 503.
     assert {status for status in own.statuses if isinstance(status, int)} <= {200, 500, 503}
+
+
+def counted(url: str, model: str) -> float:
+    """Requests that replicas of a model have answered, as Prometheus would read it."""
+    told = text_string_to_metric_families(httpx.get(f"{url}/metrics").text)
+    wanted = {"model": model, "protocol": "open_inference", "outcome": "ok"}
+    name = "roundhouse_requests_total"
+    (found,) = (one.value for family in told for one in family.samples if (one.name, one.labels) == (name, wanted))
+    return float(found)
+
+
+def test_a_killed_replica_takes_no_count_with_it(platform: Running):
+    for _ in range(5):
+        _, victim = answer(platform.url, "two")
+    before = counted(platform.url, "two")
+    assert before >= 5
+    os.kill(victim, signal.SIGKILL)
+    wait_until(lambda: came_back(platform.url, "two", victim))
+    assert counted(platform.url, "two") > before
 
 
 def test_what_is_open_without_a_token_listens_on_this_machine_alone(platform: Running):

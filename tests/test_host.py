@@ -502,6 +502,7 @@ async def test_metrics_tell_how_it_loads_and_which_phase_it_is_in(tmp_path: Path
         def load(self, context: LoadContext) -> None:
             nonlocal now
             told.append(Scrape(tmp_path).nonzero("model_phase", "phase"))
+            context.progress("weights", 1, 2)
             now += 4
 
         def predict(self, batch: Sequence[Any]) -> Sequence[Any]:
@@ -519,6 +520,7 @@ async def test_metrics_tell_how_it_loads_and_which_phase_it_is_in(tmp_path: Path
     assert told == [{"loading": 1}]
     assert scrape.nonzero("model_phase", "phase") == {"ready": 1}
     assert scrape.nonzero("model_load_phase_duration_seconds_sum", "phase") == {"loading": 4, "warming": 1}
+    assert scrape.nonzero("model_load_phase_duration_seconds_count", "phase") == {"loading": 1, "warming": 1}
     assert (scrape("cold_starts_total"), scrape("cold_start_duration_seconds_sum")) == (1, 5)
     assert scrape("rejected_total", reason="not_ready") == 2
     await host.close()

@@ -450,24 +450,32 @@ class Told:
 
 
 async def test_metrics_count_tokens_and_the_time_between_them() -> None:
-    told, model = Told(), Words(slots=2)
-    reins = Reins(model)
     now = 100.0
+
+    class Slow(Words):
+        def prepare(self, item: Any) -> str:
+            nonlocal now
+            now += 3
+            return super().prepare(item)
+
+    told, model = Told(), Slow(slots=2)
+    reins = Reins(model)
     async with stepper_of(model, metrics=told.metrics, clock=lambda: now) as stepper:
         stream = stepper.open(prompt(3))
         await until(lambda: stepper.stats().running == 1)
-        now = 107.0
+        now = 110.0
         for _ in range(3):
             reins.allow()
             await anext(stream)
             now += 2
         assert await texts(stream) == []
-        assert (told(named.TIME_TO_FIRST_TOKEN), told.sum_of(named.TIME_TO_FIRST_TOKEN)) == (1, 7)
+        assert (told(named.TIME_TO_FIRST_TOKEN), told.sum_of(named.TIME_TO_FIRST_TOKEN)) == (1, 10)
         assert (told(named.INTER_TOKEN_LATENCY), told.sum_of(named.INTER_TOKEN_LATENCY)) == (2, 4)
         assert (told(named.TOKENS, "output"), told(named.TOKENS, "input")) == (3, 1)
         assert (told(named.BATCH_SIZE, "stream"), told.sum_of(named.BATCH_SIZE, "stream")) == (3, 3)
-        assert told.sum_of(named.PHASE_DURATION, "compute") == 11
-        assert told(named.PHASE_DURATION, "queue") == told(named.PHASE_DURATION, "prepare") == 1
+        phases = ("prepare", "queue", "compute")
+        assert [told.sum_of(named.PHASE_DURATION, phase) for phase in phases] == [3, 0, 11]
+        assert [told(named.PHASE_DURATION, phase) for phase in phases] == [1, 1, 1]
         assert not any(told(named.DROPPED, *values) for values in named.DROPPED.series())
 
 
@@ -523,3 +531,32 @@ async def test_parts_without_tokens_are_no_tokens_and_reach_their_reader(part: d
         assert [found["n"] async for found in stepper.open({})] == [1, 2]
         assert told(named.TIME_TO_FIRST_TOKEN) == 1
         assert told(named.TOKENS, "output") == told(named.TOKENS, "input") == told(named.INTER_TOKEN_LATENCY) == 0
+
+
+async def test_a_stream_that_left_before_its_last_part_came_is_dropped_and_not_answered() -> None:
+    told = Told()
+    async with stepper_of(Words(), metrics=told.metrics) as stepper:
+        stream = stepper.open(prompt(1))
+        while not stepper.stats().ended:  # nothing is delivered while the event loop is held here
+            pass
+        stream.close()
+        await stepper.drain()
+        await asyncio.sleep(0)
+        assert told(named.DROPPED, "cancelled", "running") == 1
+        assert told(named.PHASE_DURATION, "compute") == 0
+
+
+async def test_a_generator_that_is_held_for_its_reader_is_in_no_step() -> None:
+    told, advanced = Told(), []
+
+    def count(item: Any) -> Iterator[dict[str, Any]]:
+        for number in range(int(item["x"])):
+            advanced.append(number)
+            yield {"y": number}
+        advanced.append(None)
+
+    async with stepper_of(Generators(count, 2), metrics=told.metrics, max_behind=2) as stepper:
+        unread, read = stepper.open({"x": 9}), stepper.open({"x": 9})
+        assert len([part async for part in read]) == 9
+        assert len([part async for part in unread]) == 9
+        await until(lambda: told.sum_of(named.BATCH_SIZE, "stream") == len(advanced) == 20)

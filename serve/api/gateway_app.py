@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -144,10 +145,8 @@ class GatewayRoutes:
         """`GET /metrics`: what all processes of this node have recorded."""
         if self._metrics_dir is None:
             raise PathNotFound("no metrics are kept here: ROUNDHOUSE_METRICS_DIR is not set")
-        from serve.telemetry.exposition import exposed  # what it needs takes a tenth of a second to import
-
         accept = headers.get(b"accept", b"").decode("latin-1")
-        text, content_type = await asyncio.to_thread(exposed, self._metrics_dir, accept)
+        text, content_type = await asyncio.to_thread(_exposed, self._metrics_dir, accept)
         await send_bytes(send, 200, [(b"content-type", content_type.encode())], text)
 
     def _waiting(self) -> list[ModelStatus]:
@@ -312,6 +311,12 @@ class GatewayRoutes:
             "whether it was computed is not known, and it was not repeated",
             retry_after_s=status.retry_after_s,
         )
+
+
+def _exposed(folder: Path, accept: str) -> tuple[bytes, str]:
+    from serve.telemetry.exposition import exposed  # what it needs takes a tenth of a second to import
+
+    return exposed(folder, accept)
 
 
 def _is_json(reply: Reply) -> bool:

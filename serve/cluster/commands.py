@@ -28,7 +28,7 @@ class ControllerOptions:
     Args:
         context: Of the kubeconfig; None in a pod.
         rayservice: Name of the RayService that is written; empty where Ray is told directly.
-        ray_url: `http://host:8265` of the head.
+        ray_url: `http://host:8265` of the head; not used with `rayservice`.
         ray_token_file: The cluster's token.
         lease: Name of the Lease.
         identity: Of this process.
@@ -81,14 +81,18 @@ def run_controller(options: ControllerOptions) -> None:
 
 
 def _target(cluster: Cluster, options: ControllerOptions) -> Target:
-    ray = RayServeApi(options.ray_url, token=token_in(options.ray_token_file), gateway_url=options.gateway_url)
+    token = token_in(options.ray_token_file)
+
+    def head(url: str) -> RayServeApi:
+        return RayServeApi(url, token=token, gateway_url=options.gateway_url)
+
     if not options.rayservice:
-        return ray
+        return head(options.ray_url)
     path = f"/apis/ray.io/v1/namespaces/{options.namespace}/rayservices/{options.rayservice}"
     named = {"apiVersion": "ray.io/v1", "kind": "RayService", "metadata": {"name": options.rayservice}}
     how = {"fieldManager": MANAGER, "force": "true"}
     return RayService(
-        ray,
+        lambda name: head(f"http://{name}-head-svc:8265"),  # as KubeRay names a cluster's head
         get=lambda: cluster.call("GET", path),
         patch=lambda part: cluster.call(
             "PATCH", path, query=how, body=named | dict(part), kind="application/apply-patch+yaml"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -75,30 +76,31 @@ class RayServeApi:
 
 
 class RayService:
-    """A RayService of KubeRay: its `serveConfigV2` is written, and Ray itself is asked what came of it.
+    """A RayService of KubeRay: its `serveConfigV2` is written, and the Ray cluster made for it asked what came of it.
 
     Args:
-        ray: The head of the cluster that KubeRay made.
+        ray: Returns the head of a Ray cluster of that name.
         get: Returns the object.
         patch: Applies a part of it, server-side.
     """
 
     def __init__(
         self,
-        ray: RayServeApi,
+        ray: Callable[[str], RayServeApi],
         *,
         get: Callable[[], Mapping[str, Any]],
         patch: Callable[[Mapping[str, Any]], object],
     ) -> None:
-        self._ray = ray
+        self._ray = functools.lru_cache(maxsize=4)(ray)
         self._get = get
         self._patch = patch
 
     def observe(self) -> Observed:
         """Return what runs, beside the config that the object holds; raises TargetUnavailable."""
-        text = self._call(self._get).get("spec", {}).get("serveConfigV2", "")
+        service = self._call(self._get)
+        text = service.get("spec", {}).get("serveConfigV2", "")
         configs = {entry["name"]: entry for entry in (yaml.safe_load(text) or {}).get("applications", ())}
-        told = self._ray.observe()
+        told = self._ray(_cluster_of(service)).observe()
         # KubeRay passes a config on some seconds after it is written: until then Ray tells of the one before.
         under_way = changes({"applications": list(configs.values())}, told)
         applications = {}
@@ -118,6 +120,15 @@ class RayService:
             return ask()
         except (ApiUnavailable, Conflict, Missing) as error:
             raise TargetUnavailable(f"the RayService cannot be had: {error}") from error
+
+
+def _cluster_of(service: Mapping[str, Any]) -> str:
+    """Return the Ray cluster that serves, or the one that is to; raises TargetUnavailable."""
+    status = service.get("status", {})
+    for which in ("activeServiceStatus", "pendingServiceStatus"):
+        if name := status.get(which, {}).get("rayClusterName"):
+            return str(name)
+    raise TargetUnavailable("KubeRay has made no Ray cluster yet; is its operator running?")
 
 
 def application(name: str, entry: Mapping[str, Any]) -> Application:

@@ -374,7 +374,7 @@ def test_kuberay_gets_a_rayservice_in_place_of_the_pods():
     name = only("kuberay", "RayService")["metadata"]["name"]
     assert re.fullmatch("[a-z][-a-z0-9]{0,46}", name)
     assert f"--rayservice={name}" in text("kuberay")
-    assert f"--ray-url=http://{name}-head-svc:8265" in text("kuberay")
+    assert "--ray-url" not in text("kuberay")
     # The controller writes it; what the chart wrote as well, each upgrade would take back.
     assert "serveConfigV2" not in kuberay()
 

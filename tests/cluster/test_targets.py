@@ -12,7 +12,7 @@ import yaml
 from serve.applications import application_name, serve_config
 from serve.cluster.kube import Conflict
 from serve.cluster.resource import changes
-from serve.cluster.targets import RayService, TargetUnavailable, application, token_in
+from serve.cluster.targets import RayServeApi, RayService, TargetUnavailable, application, token_in
 from serve.spec import ModelSpec
 from tests.cluster.fakes import FakeRay, Faults
 
@@ -87,7 +87,8 @@ class Service:
 
     def __init__(self, ray: FakeRay) -> None:
         self.ray = ray
-        self.object: dict[str, Any] = {"spec": {}}
+        self.object: dict[str, Any] = {"spec": {}, "status": {"pendingServiceStatus": {"rayClusterName": "rh-1"}}}
+        self.asked: list[str] = []
 
     def get(self) -> dict[str, Any]:
         return self.object
@@ -99,7 +100,11 @@ class Service:
         self.ray.target().apply(yaml.safe_load(self.object["spec"]["serveConfigV2"]))
 
     def target(self) -> RayService:
-        return RayService(self.ray.target(), get=self.get, patch=self.patch)
+        return RayService(self._head, get=self.get, patch=self.patch)
+
+    def _head(self, cluster: str) -> RayServeApi:
+        self.asked.append(cluster)
+        return self.ray.target()
 
 
 def test_a_rayservice_keeps_what_was_written_and_ray_tells_what_runs(ray: FakeRay) -> None:
@@ -142,10 +147,25 @@ def test_an_edit_that_kuberay_has_not_passed_on_is_on_its_way(ray: FakeRay) -> N
     assert NAME not in target.observe().applications
 
 
+def test_the_cluster_that_serves_is_asked_and_before_there_is_one_the_one_that_is_to(ray: FakeRay) -> None:
+    service = Service(ray)
+    target = service.target()
+    target.observe()
+    service.object["status"]["activeServiceStatus"] = {"rayClusterName": "rh-1"}
+    service.object["status"]["pendingServiceStatus"] = {"rayClusterName": "rh-2"}
+    target.observe()
+    service.object["status"] = {"activeServiceStatus": {"rayClusterName": "rh-2"}}
+    target.observe()
+    assert service.asked == ["rh-1", "rh-2"]
+    service.object["status"] = {"activeServiceStatus": {}}
+    with pytest.raises(TargetUnavailable, match="KubeRay has made no Ray cluster yet"):
+        target.observe()
+
+
 def test_a_rayservice_that_another_wrote_is_tried_again(ray: FakeRay) -> None:
     def patch(_: Any) -> None:
         raise Conflict("the object has been modified")
 
-    target = RayService(ray.target(), get=dict, patch=patch)
+    target = RayService(lambda _: ray.target(), get=dict, patch=patch)
     with pytest.raises(TargetUnavailable, match="has been modified"):
         target.apply(config())

@@ -254,7 +254,7 @@ def test_a_head_that_is_deleted_comes_back_with_its_state(site: Site) -> None:
         pytest.skip("without a storage class the head's state goes with its pod")
     before = site.replicas()
     with Load(site, "minilm", "vad").running():
-        site.kubectl("delete", "pod", f"{NAME}-head-0")
+        site.kubectl("delete", "pod", site.head)
         site.settle()
     assert site.replicas()[application_name("minilm")] == before[application_name("minilm")]
 
@@ -310,7 +310,7 @@ for method, path in {asks}:
 
 def test_without_the_token_nobody_reaches_rays_dashboard_or_jobs(site: Site) -> None:
     asks = [("GET", "/api/serve/applications/"), ("GET", "/nodes?view=summary"), ("GET", "/api/jobs/")]
-    code = _ASKING.format(base=f"http://{NAME}-head:8265", asks=[*asks, ("POST", "/api/jobs/")])
+    code = _ASKING.format(base=f"http://{site.head_service}:8265", asks=[*asks, ("POST", "/api/jobs/")])
     worker = site.names_of("worker")[0]
     assert site.kubectl("exec", worker, "--", "python", "-c", code).split() == ["401"] * 4
 

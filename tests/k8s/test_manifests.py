@@ -99,7 +99,11 @@ def test_an_overlay_renders(site, tmp_path):
     assert {each["metadata"]["namespace"] for each in workers} == {"roundhouse"}
     patched = {each["spec"].get("progressDeadlineSeconds") for each in workers}
     assert patched == ({3600} if site == "large" else {None})
-    assert any(each["kind"] == "CustomResourceDefinition" for each in objects)
+    (definition,) = [each for each in objects if each["kind"] == "CustomResourceDefinition"]
+    assert definition["metadata"]["name"] == "models.roundhouse.dev"
+    # A hook without Helm is an object like any other: the Job before an uninstall would delete every Model at once.
+    assert not [each["metadata"] for each in objects if "helm.sh/hook" in each["metadata"].get("annotations", {})]
+    assert not [each["metadata"] for each in objects if each["kind"] in ("Job", "ClusterRole")]
 
 
 def test_every_link_leads_somewhere():

@@ -150,7 +150,9 @@ class Gateway(Part):
     """What answers requests that name their model in the body."""
 
     replicas: Annotated[int, Field(ge=1, le=10_000)] | None = Field(
-        None, description="One a worker at most; null takes as many as there are workers."
+        None,
+        description="One a worker at most; null takes as many as there are workers. With fewer, a worker that neither a"
+        " gateway nor a model runs on is not Ready, and `helm install --wait` waits for it in vain.",
     )
 
 

@@ -507,6 +507,11 @@ SMALL = {"name": "a", "task": "forecast", "source": "hf:m/x"}
             "cpu has 4 CPUs, 0 GPUs, 3G",
         ),
         ({"ray.workerGroups": {"cpu": {"replicas": 0}}}, "ray.workerGroups has no worker"),
+        ({"gateway.replicas": 3}, "gateway.replicas is 3 and there are 2 workers at most"),
+        (
+            {"ray.provider": "kuberay", "ray.workerGroups.cpu.maxReplicas": 4, "gateway.replicas": 5},
+            "gateway.replicas is 5 and there are 4 workers at most",
+        ),
         ({"ray.workerGroups.cpu.maxReplicas": 5}, "maxReplicas is for ray.provider kuberay"),
         (
             {"ray.provider": "kuberay", "ray.workerGroups.cpu.maxReplicas": 1},
@@ -527,6 +532,18 @@ SMALL = {"name": "a", "task": "forecast", "source": "hf:m/x"}
 )
 def test_values_that_contradict_each_other_are_refused_in_a_sentence(program, values, sentence):
     assert sentence in refusal(values, program)
+
+
+@pytest.mark.parametrize("program", HELMS)
+def test_workers_that_come_by_themselves_begin_with_one_gateway(program):
+    groups = '{"provider":"kuberay","workerGroups":{"cpu":{"replicas":0,"maxReplicas":3}}}'
+    assert "--gateway-replicas=1\n" in helm(program, "--set-json", f"ray={groups}").stdout
+    assert "--gateway-replicas=3\n" in helm(program, "--set-json", f"ray={groups}", "--set", "gateway.replicas=3").stdout
+
+
+def test_the_notes_warn_of_workers_that_may_not_become_ready():
+    assert "is not Ready" in notes("two-groups")
+    assert "is not Ready" not in notes("default")
 
 
 @pytest.mark.parametrize("program", HELMS)

@@ -41,6 +41,9 @@
 {{- if not $workers }}
 {{- fail "ray.workerGroups has no worker; give a group replicas, since the head runs no model" }}
 {{- end }}
+{{- if gt (int .Values.gateway.replicas) (int $workers) }}
+{{- fail (printf "gateway.replicas is %d and there are %d workers at most, with one gateway each; leave it null for one on every worker" (int .Values.gateway.replicas) $workers) }}
+{{- end }}
 {{- end }}
 
 {{/* Fails where a model contradicts itself, another, or every worker. */}}

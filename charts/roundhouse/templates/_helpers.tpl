@@ -253,9 +253,9 @@ priorityClassName: {{ . }}
 {{- $workers }}
 {{- end }}
 
-{{/* How many gateway replicas there are: by default one a worker, which makes every worker a way in. */}}
+{{/* How many gateway replicas there are: by default one a worker, which makes every worker a way in. Ray takes no 0. */}}
 {{- define "roundhouse.gatewayReplicas" -}}
-{{- default (include "roundhouse.workers" .) .Values.gateway.replicas }}
+{{- default (include "roundhouse.workers" . | int | max 1) .Values.gateway.replicas }}
 {{- end }}
 
 {{/* A group of workers with what it leaves out. Sprig's merge would take a 0 that is given for left out. */}}

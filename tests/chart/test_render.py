@@ -388,6 +388,14 @@ def test_the_controller_may_write_only_its_rayservice():
         assert "ray.io" not in str(role["rules"])
 
 
+def test_a_namespace_has_one_lease_whatever_its_release_is_called():
+    name = only("extra", "Lease")["metadata"]["name"]
+    assert name == only("default", "Lease")["metadata"]["name"] == "roundhouse-controller"
+    assert f"--lease={name}\n" in text("extra")
+    rules = {each["metadata"]["name"]: each["rules"] for each in of("extra", "Role")}["rh-serving-controller"]
+    assert [rule["resourceNames"] for rule in rules if rule["resources"] == ["leases"]] == [[name]]
+
+
 def test_kuberays_service_is_where_controller_and_callers_look():
     service = kuberay()["serveService"]
     [port] = service["spec"]["ports"]

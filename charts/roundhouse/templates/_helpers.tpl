@@ -59,6 +59,14 @@ annotations:
 {{- end }}
 {{- end }}
 
+{{/*
+Name of the Lease. It is the namespace's, not the release's: Helm refuses a second release there, whose controller would
+fight over the same Models.
+*/}}
+{{- define "roundhouse.lease" -}}
+roundhouse-controller
+{{- end }}
+
 {{- define "roundhouse.tokenSecret" -}}
 {{- default (printf "%s-ray-token" (include "roundhouse.fullname" .)) .Values.ray.token.existingSecret }}
 {{- end }}

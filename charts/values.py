@@ -239,7 +239,10 @@ class ServiceAccount(Part):
 class Crd(Part):
     """The Model resource."""
 
-    keep: bool = Field(False, description="Whether an uninstall leaves it; it goes only if no namespace has a Model.")
+    keep: bool = Field(
+        False,
+        description="Whether an uninstall leaves it; it goes only if no other namespace has a Model or a controller.",
+    )
 
 
 #: Of the platform, without those that the chart decides; each is `ROUNDHOUSE_*` in Ray's pods.

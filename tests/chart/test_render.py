@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from serve.cluster.commands import LEASE
 from serve.settings import Settings
 from tests.chart.rendering import (
     CASES,
@@ -390,7 +391,7 @@ def test_the_controller_may_write_only_its_rayservice():
 
 def test_a_namespace_has_one_lease_whatever_its_release_is_called():
     name = only("extra", "Lease")["metadata"]["name"]
-    assert name == only("default", "Lease")["metadata"]["name"] == "roundhouse-controller"
+    assert name == only("default", "Lease")["metadata"]["name"] == LEASE
     assert f"--lease={name}\n" in text("extra")
     rules = {each["metadata"]["name"]: each["rules"] for each in of("extra", "Role")}["rh-serving-controller"]
     assert [rule["resourceNames"] for rule in rules if rule["resources"] == ["leases"]] == [[name]]
@@ -470,7 +471,7 @@ def test_the_definition_stays_where_it_is_asked_to():
     assert "--remove-crd" not in text("no-persistence")
     assert "--remove-crd" in text("default")
     [role] = of("no-persistence", "ClusterRole")
-    assert [rule["verbs"] for rule in role["rules"]] == [["patch"]]
+    assert [rule["verbs"] for rule in role["rules"]] == [["patch", "create"]]
 
 
 SMALL = {"name": "a", "task": "forecast", "source": "hf:m/x"}
@@ -544,9 +545,9 @@ def test_values_that_contradict_each_other_are_refused_in_a_sentence(program, va
 
 @pytest.mark.parametrize("program", HELMS)
 def test_workers_that_come_by_themselves_begin_with_one_gateway(program):
-    groups = '{"provider":"kuberay","workerGroups":{"cpu":{"replicas":0,"maxReplicas":3}}}'
-    assert "--gateway-replicas=1\n" in helm(program, "--set-json", f"ray={groups}").stdout
-    assert "--gateway-replicas=3\n" in helm(program, "--set-json", f"ray={groups}", "--set", "gateway.replicas=3").stdout
+    words = ("--set-json", 'ray={"provider":"kuberay","workerGroups":{"cpu":{"replicas":0,"maxReplicas":3}}}')
+    assert "--gateway-replicas=1\n" in helm(program, *words).stdout
+    assert "--gateway-replicas=3\n" in helm(program, *words, "--set", "gateway.replicas=3").stdout
 
 
 def test_the_notes_warn_of_workers_that_may_not_become_ready():

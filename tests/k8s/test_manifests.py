@@ -60,6 +60,12 @@ def test_git_holds_the_chart_where_the_examples_look_for_it():
     assert chart["sourceRef"]["name"] == repository["metadata"]["name"]
 
 
+def test_argo_cd_leaves_the_definition_to_the_hook():
+    (application,) = documents(FOLDER / "argocd" / "application.yaml")
+    assert application["spec"]["source"]["helm"]["skipCrds"] is True
+    assert "SkipDryRunOnMissingResource=true" in application["spec"]["syncPolicy"]["syncOptions"]
+
+
 def test_the_secrets_of_the_vault_are_those_that_the_values_name():
     made = {
         document["spec"]["target"]["name"]: document

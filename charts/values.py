@@ -84,7 +84,9 @@ class WorkerGroup(Placement):
         "", pattern=r"^[A-Za-z0-9._-]*$", description="Ray's name of the GPU, such as `A100` or `L4`."
     )
     resources: Mapping = Field(
-        {}, description="Requests and limits in place of those made of cpus, memory and gpus; Ray counts the latter."
+        {},
+        description="Requests and limits in place of those made of cpus and memory, which Ray counts still; the GPUs are"
+        " always a limit.",
     )
     topology_spread_constraints: list[Mapping] = Field(
         [], description="How the pods spread over zones or nodes; empty spreads all workers over nodes where it can."

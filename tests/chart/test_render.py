@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from collections.abc import Iterator
@@ -303,6 +304,26 @@ def test_gpu_workers_ask_for_their_device_and_tell_ray_of_it():
     assert workers["rh-roundhouse-worker-mig"]["containers"][0]["resources"]["limits"]["nvidia.com/mig-3g.40gb"] == 1
 
 
+@pytest.mark.parametrize("provider", ["builtin", "kuberay"])
+def test_gpu_workers_with_resources_of_their_own_ask_for_their_device_too(provider):
+    own = {"requests": {"cpu": "100m", "memory": "1Gi"}, "limits": {"memory": "8Gi"}}
+    same = own | {"limits": own["limits"] | {"nvidia.com/gpu": 2}}
+    bare = {"requests": own["requests"]}
+    part = {"gpus": 1, "gpuResource": "nvidia.com/mig-3g.40gb", "resources": own}
+    groups = {"bare": {"gpus": 2, "resources": bare}, "own": {"gpus": 2, "resources": own}}
+    groups |= {"same": {"gpus": 2, "resources": same}, "part": part, "none": {"resources": own}}
+    done = helm("helm", "--set-json", f"ray={json.dumps({'provider': provider, 'workerGroups': groups})}")
+    assert done.returncode == 0, done.stderr
+    made = pods(each for each in yaml.safe_load_all(done.stdout) if each)
+    found = {
+        pod.owner.rpartition("worker-")[2].rpartition("/")[2]: pod.spec["containers"][0]["resources"] for pod in made
+    }
+    assert found["own"] == found["same"] == same
+    assert found["bare"] == {"requests": bare["requests"], "limits": {"nvidia.com/gpu": 2}}
+    assert found["part"]["limits"] == {"memory": "8Gi", "nvidia.com/mig-3g.40gb": 1}
+    assert found["none"] == own
+
+
 def test_the_claim_of_the_cache_stays_where_it_is_asked_to():
     claims = {each["metadata"]["name"]: each for each in of("pvc-cache", "PersistentVolumeClaim")}
     cache = claims["rh-roundhouse-cache"]
@@ -516,6 +537,14 @@ SMALL = {"name": "a", "task": "forecast", "source": "hf:m/x"}
             "cpu has 4 CPUs, 0 GPUs, 3G",
         ),
         ({"ray.workerGroups": {"cpu": {"replicas": 0}}}, "ray.workerGroups has no worker"),
+        (
+            {"ray.workerGroups.cpu": {"gpus": 2, "resources": {"limits": {"nvidia.com/gpu": 1}}}},
+            "ray.workerGroups.cpu: resources.limits has 1 of nvidia.com/gpu and gpus, which Ray counts, is 2",
+        ),
+        (
+            {"ray.workerGroups.cpu": {"resources": {"requests": {"nvidia.com/gpu": "1"}}}},
+            "resources.requests has 1 of nvidia.com/gpu and gpus, which Ray counts, is 0",
+        ),
         ({"gateway.replicas": 3}, "gateway.replicas is 3 and there are 2 workers at most"),
         (
             {"ray.provider": "kuberay", "ray.workerGroups.cpu.maxReplicas": 4, "gateway.replicas": 5},

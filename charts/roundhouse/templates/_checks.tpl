@@ -36,6 +36,12 @@
 {{- if and $group.maxReplicas (ne $.Values.ray.provider "kuberay") }}
 {{- fail (printf "ray.workerGroups.%s: maxReplicas is for ray.provider kuberay, which adds workers by itself; set replicas" $name) }}
 {{- end }}
+{{- range $kind := list "requests" "limits" }}
+{{- $asked := dig $kind $group.gpuResource $group.gpus $group.resources }}
+{{- if ne (include "roundhouse.setting" $asked) (include "roundhouse.setting" $group.gpus) }}
+{{- fail (printf "ray.workerGroups.%s: resources.%s has %v of %s and gpus, which Ray counts, is %v; leave it out there, or give both the same" $name $kind $asked $group.gpuResource $group.gpus) }}
+{{- end }}
+{{- end }}
 {{- $workers = add $workers $most }}
 {{- end }}
 {{- if not $workers }}

@@ -1,3 +1,13 @@
+{{/* What a worker's container asks for. Its GPUs are always those that Ray counts. Takes a group of workers. */}}
+{{- define "roundhouse.workerResources" -}}
+{{- $made := dict "requests" (dict "cpu" .cpus "memory" .memory) "limits" (dict "memory" .memory) }}
+{{- $resources := deepCopy (default $made .resources) }}
+{{- if .gpus }}
+{{- $_ := set $resources "limits" (merge (default dict $resources.limits) (dict .gpuResource .gpus)) }}
+{{- end }}
+{{- toYaml $resources }}
+{{- end }}
+
 {{/* The pod of a worker, of either provider. Takes (dict "root" "worker"). */}}
 {{- define "roundhouse.workerPod" -}}
 {{- $root := .root -}}
@@ -64,18 +74,7 @@ containers:
       periodSeconds: 10
       failureThreshold: 6
     resources:
-      {{- if $worker.resources }}
-      {{- toYaml $worker.resources | nindent 6 }}
-      {{- else }}
-      requests:
-        cpu: {{ $worker.cpus }}
-        memory: {{ $worker.memory }}
-      limits:
-        memory: {{ $worker.memory }}
-        {{- if $worker.gpus }}
-        {{ $worker.gpuResource }}: {{ $worker.gpus }}
-        {{- end }}
-      {{- end }}
+      {{- include "roundhouse.workerResources" $worker | nindent 6 }}
     volumeMounts:
       {{- include "roundhouse.rayMounts" $root | nindent 6 }}
 volumes:

@@ -350,6 +350,10 @@ def test_what_a_site_adds_is_there():
     assert "eks.amazonaws.com/role-arn" not in accounts["rh-serving-controller"]
 
 
+def test_a_head_that_never_became_ready_is_replaced_by_a_rollback():
+    assert only("default", "StatefulSet")["spec"]["podManagementPolicy"] == "Parallel"
+
+
 def started(pod: Pod, folder: Path, generated: str = "") -> list[str]:
     """Return the words that a Ray pod's shell starts `ray` with."""
     for program in ("ray", "roundhouse"):

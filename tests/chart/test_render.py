@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -378,6 +380,36 @@ def test_the_shell_starts_ray_with_what_the_values_say(tmp_path: Path):
         "--block",
     } <= set(words)
     assert {"--head", "--num-cpus=0", "--port=6379"} <= set(started(made["StatefulSet/rh-roundhouse-head"], tmp_path))
+
+
+_ENDS_SLOWLY = """#!/bin/sh
+trap 'sleep 0.5; echo > {folder}/ended; exit 7' TERM
+echo > {folder}/begun
+while :; do sleep 0.05; done
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_shell_ends_after_ray_has(tmp_path: Path, number: signal.Signals):
+    [head] = [pod for pod in pods(objects("default")) if pod.owner.startswith("StatefulSet")]
+    for program, script in (("ray", _ENDS_SLOWLY.format(folder=tmp_path)), ("roundhouse", "#!/bin/sh\n")):
+        (tmp_path / program).write_text(script)
+        (tmp_path / program).chmod(0o755)
+    [script] = head.spec["containers"][0]["args"]
+    variables = {"PATH": f"{tmp_path}:/usr/bin:/bin", "POD_IP": "10.1.2.3"}
+    with subprocess.Popen([*head.spec["containers"][0]["command"], script], env=variables) as shell:
+        until(lambda: (tmp_path / "begun").exists())
+        shell.send_signal(number)
+        assert shell.wait(timeout=30) == 7
+        assert (tmp_path / "ended").exists()
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Wait for something that another process does."""
+    end = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def test_the_shell_starts_ray_by_the_command_that_kuberay_makes(tmp_path: Path):

@@ -311,9 +311,12 @@ priorityClassName: {{ . }}
 {{- int64 $bytes }}
 {{- end }}
 
-{{/* The first process of a container ignores a signal that it does not handle, and Ray's handles none. */}}
+{{/*
+The first process of a container ignores a signal that it does not handle, and Ray's handles none. When it ends, all others
+are killed, so it waits until Ray has ended.
+*/}}
 {{- define "roundhouse.endOnSignal" -}}
 child=$!
-trap 'kill -TERM $child' TERM INT
+trap 'kill -TERM $child; wait $child; exit $?' TERM INT
 wait $child
 {{- end }}

@@ -204,10 +204,16 @@ class Cache(Part):
     existing_claim: str = Field("", description="With `pvc`, a claim that is there; empty makes one.")
     storage_class: str = Field("", description="Storage class of the claim; empty is the cluster's default.")
     access_modes: list[Literal["ReadWriteOnce", "ReadWriteMany", "ReadWriteOncePod"]] = Field(
-        ["ReadWriteMany"], min_length=1, description="Access modes of the claim."
+        ["ReadWriteMany"],
+        min_length=1,
+        description="Access modes of the claim; more than one worker takes `ReadWriteMany`.",
     )
     size: Quantity = Field("50Gi", description="Size of the claim.")
-    host_path: str = Field("", pattern="^(/.*)?$", description="With `hostPath`, the folder on the nodes.")
+    host_path: str = Field(
+        "",
+        pattern="^(/.*)?$",
+        description="With `hostPath`, the folder on the nodes. It has to exist on each and to belong to user 10001.",
+    )
     keep: bool = Field(False, description="Whether an uninstall leaves the claim.")
 
 

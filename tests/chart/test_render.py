@@ -335,6 +335,30 @@ def test_the_claim_of_the_cache_stays_where_it_is_asked_to():
     assert not of("no-persistence", "PersistentVolumeClaim")
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_only_workers_have_the_cache(case):
+    for pod in pods(objects(case)):
+        component = pod.labels["app.kubernetes.io/component"]
+        names = {volume["name"] for volume in pod.spec.get("volumes", ())}
+        assert ("cache" in names) == (component == "worker"), pod.owner
+
+
+def test_a_folder_of_the_nodes_is_not_made_by_root():
+    [worker] = [
+        pod for pod in pods(objects("hostpath-cache")) if pod.owner.startswith("Deployment/rh-roundhouse-worker")
+    ]
+    [cache] = [volume for volume in worker.spec["volumes"] if volume["name"] == "cache"]
+    assert cache["hostPath"] == {"path": "/var/cache/roundhouse", "type": "Directory"}
+    assert "belong to user 10001" in notes("hostpath-cache")
+
+
+@pytest.mark.parametrize("program", HELMS)
+def test_one_worker_keeps_its_cache_on_a_volume_of_its_own(program):
+    cache = 'cache={"type":"pvc","accessModes":["ReadWriteOnce"]}'
+    assert helm(program, "--set-json", cache, "--set", "ray.workerGroups.cpu.replicas=1").returncode == 0
+    assert helm(program, "--set-json", cache, "--set", "cache.existingClaim=mine").returncode == 0
+
+
 def test_what_a_site_adds_is_there():
     notes = {each["metadata"]["name"]: each for each in of("extra", "ConfigMap")}
     assert notes["site-certificates"]["data"] == {"release": "rh"}
@@ -597,6 +621,17 @@ SMALL = {"name": "a", "task": "forecast", "source": "hf:m/x"}
         ),
         ({"cache.type": "hostPath"}, "cache.hostPath is empty"),
         ({"cache.existingClaim": "mine"}, "set cache.type to pvc"),
+        (
+            {"cache": {"type": "pvc", "accessModes": ["ReadWriteOnce"]}},
+            "cache.accessModes is ReadWriteOnce and there are up to 2 workers",
+        ),
+        (
+            {
+                "ray": {"provider": "kuberay", "workerGroups": {"cpu": {"replicas": 1, "maxReplicas": 3}}},
+                "cache": {"type": "pvc", "accessModes": ["ReadWriteOncePod"]},
+            },
+            "cache.accessModes is ReadWriteOncePod and there are up to 3 workers",
+        ),
         ({"cache.hostPath": "/models"}, "set cache.type to hostPath"),
         ({"ingress.enabled": True}, "ingress.host is empty"),
         ({"httpRoute.enabled": True}, "httpRoute.parentRefs is empty"),

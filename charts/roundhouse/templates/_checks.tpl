@@ -47,6 +47,10 @@
 {{- if not $workers }}
 {{- fail "ray.workerGroups has no worker; give a group replicas, since the head runs no model" }}
 {{- end }}
+{{- $cache := .Values.cache }}
+{{- if and (eq $cache.type "pvc") (not $cache.existingClaim) (not (has "ReadWriteMany" $cache.accessModes)) (gt (int $workers) 1) }}
+{{- fail (printf "cache.accessModes is %s and there are up to %d workers, on several nodes; give it ReadWriteMany, or take cache.type emptyDir" (join ", " $cache.accessModes) $workers) }}
+{{- end }}
 {{- if gt (int .Values.gateway.replicas) (int $workers) }}
 {{- fail (printf "gateway.replicas is %d and there are %d workers at most, with one gateway each; leave it null for one on every worker" (int .Values.gateway.replicas) $workers) }}
 {{- end }}

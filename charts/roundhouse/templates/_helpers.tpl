@@ -135,7 +135,6 @@ securityContext:
 - {name: tmp, mountPath: /tmp}
 - {name: shm, mountPath: /dev/shm}
 - {name: token, mountPath: /etc/roundhouse/token, readOnly: true}
-- {name: cache, mountPath: /var/cache/roundhouse}
 {{- with .Values.extraVolumeMounts }}
 {{ toYaml . }}
 {{- end }}
@@ -153,17 +152,6 @@ securityContext:
     secretName: {{ include "roundhouse.tokenSecret" . }}
     items:
       - {key: auth_token, path: auth_token}
-- name: cache
-{{- if eq .Values.cache.type "pvc" }}
-  persistentVolumeClaim:
-    claimName: {{ default (printf "%s-cache" (include "roundhouse.fullname" .)) .Values.cache.existingClaim }}
-{{- else if eq .Values.cache.type "hostPath" }}
-  hostPath:
-    path: {{ .Values.cache.hostPath }}
-    type: DirectoryOrCreate
-{{- else }}
-  emptyDir: {}
-{{- end }}
 {{- with .Values.extraVolumes }}
 {{ toYaml . }}
 {{- end }}

@@ -8,6 +8,20 @@
 {{- toYaml $resources }}
 {{- end }}
 
+{{- define "roundhouse.cacheVolume" -}}
+{{- if eq .Values.cache.type "pvc" }}
+persistentVolumeClaim:
+  claimName: {{ default (printf "%s-cache" (include "roundhouse.fullname" .)) .Values.cache.existingClaim }}
+{{- else if eq .Values.cache.type "hostPath" }}
+# A folder that the kubelet made would belong to root, and no worker could write there.
+hostPath:
+  path: {{ .Values.cache.hostPath }}
+  type: Directory
+{{- else }}
+emptyDir: {}
+{{- end }}
+{{- end }}
+
 {{/* The pod of a worker, of either provider. Takes (dict "root" "worker"). */}}
 {{- define "roundhouse.workerPod" -}}
 {{- $root := .root -}}
@@ -77,6 +91,9 @@ containers:
       {{- include "roundhouse.workerResources" $worker | nindent 6 }}
     volumeMounts:
       {{- include "roundhouse.rayMounts" $root | nindent 6 }}
+      - {name: cache, mountPath: /var/cache/roundhouse}
 volumes:
   {{- include "roundhouse.rayVolumes" $root | nindent 2 }}
+  - name: cache
+    {{- include "roundhouse.cacheVolume" $root | nindent 4 }}
 {{- end }}

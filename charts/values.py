@@ -222,6 +222,11 @@ class NetworkPolicy(Part):
 
     enabled: bool = Field(True, description="Whether pods are closed but for what they need.")
     from_: list[Mapping] = Field([], alias="from", description="Peers that may reach the models; empty lets everybody.")
+    metrics_from: list[Mapping] = Field(
+        [],
+        description="Peers that may collect metrics, of the controller (port 8081) and of Ray's nodes (6385); empty is"
+        " nobody from outside.",
+    )
     to: list[Mapping] = Field(
         [],
         description="Peers that workers may connect to besides Ray and DNS; empty lets them reach any address, as"

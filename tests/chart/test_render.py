@@ -261,6 +261,22 @@ def test_only_rays_own_pods_reach_rays_ports():
     assert fetching == {"Deployment/rh-roundhouse-worker-cpu"}
 
 
+def test_metrics_are_open_to_those_who_are_named():
+    policies = {each["metadata"]["name"]: each["spec"] for each in of("network-policy", "NetworkPolicy")}
+    made = list(pods(objects("network-policy")))
+    scraper = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+    for name, port in (("controller", 8081), ("ray", 6385)):
+        policy = policies[f"rh-roundhouse-{name}-metrics"]
+        assert policy["ingress"] == [{"from": [scraper], "ports": [{"protocol": "TCP", "port": port}]}]
+        owners = {pod.owner for pod in selected(policy["podSelector"]["matchLabels"], made)}
+        assert owners == (
+            {"Deployment/rh-roundhouse-controller"}
+            if name == "controller"
+            else {"StatefulSet/rh-roundhouse-head", "Deployment/rh-roundhouse-worker-cpu"}
+        )
+    assert "-metrics" not in str([each["metadata"]["name"] for each in of("default", "NetworkPolicy")])
+
+
 @pytest.mark.parametrize(
     ("case", "url"),
     [

@@ -81,12 +81,14 @@ class WorkerGroup(Placement):
     gpus: Annotated[int, Field(ge=0, le=64)] = Field(0, description="GPUs of one.")
     gpu_resource: str = Field("nvidia.com/gpu", description="Resource of the device plugin.")
     accelerator_type: str = Field(
-        "", pattern=r"^[A-Za-z0-9._-]*$", description="Ray's name of the GPU, such as `A100` or `L4`."
+        "",
+        pattern=r"^[A-Za-z0-9._-]*$",
+        description="Ray's name of the GPU, such as `A100` or `L4`: Ray's label of the node, for Ray's lists.",
     )
     resources: Mapping = Field(
         {},
-        description="Requests and limits in place of those made of cpus and memory, which Ray counts still; the GPUs are"
-        " always a limit.",
+        description="Requests and limits in place of those made of cpus and memory, which Ray counts still; the GPUs"
+        " are always a limit.",
     )
     topology_spread_constraints: list[Mapping] = Field(
         [], description="How the pods spread over zones or nodes; empty spreads all workers over nodes where it can."

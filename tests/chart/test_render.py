@@ -265,15 +265,11 @@ def test_metrics_are_open_to_those_who_are_named():
     policies = {each["metadata"]["name"]: each["spec"] for each in of("network-policy", "NetworkPolicy")}
     made = list(pods(objects("network-policy")))
     scraper = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
-    for name, port in (("controller", 8081), ("ray", 6385)):
+    ray = {"StatefulSet/rh-roundhouse-head", "Deployment/rh-roundhouse-worker-cpu"}
+    for name, port, owners in (("controller", 8081, {"Deployment/rh-roundhouse-controller"}), ("ray", 6385, ray)):
         policy = policies[f"rh-roundhouse-{name}-metrics"]
         assert policy["ingress"] == [{"from": [scraper], "ports": [{"protocol": "TCP", "port": port}]}]
-        owners = {pod.owner for pod in selected(policy["podSelector"]["matchLabels"], made)}
-        assert owners == (
-            {"Deployment/rh-roundhouse-controller"}
-            if name == "controller"
-            else {"StatefulSet/rh-roundhouse-head", "Deployment/rh-roundhouse-worker-cpu"}
-        )
+        assert {pod.owner for pod in selected(policy["podSelector"]["matchLabels"], made)} == owners
     assert "-metrics" not in str([each["metadata"]["name"] for each in of("default", "NetworkPolicy")])
 
 
@@ -621,6 +617,39 @@ SMALL = {"name": "a", "task": "forecast", "source": "hf:m/x"}
             {"ray.workerGroups.cpu": {"resources": {"requests": {"nvidia.com/gpu": "1"}}}},
             "resources.requests has 1 of nvidia.com/gpu and gpus, which Ray counts, is 0",
         ),
+        ({"fullnameOverride": "My_models"}, 'every object\'s name would begin with "My_models"'),
+        ({"fullnameOverride": "1st"}, "set fullnameOverride to such a name"),
+        ({"nameOverride": "a.b"}, "set fullnameOverride to such a name"),
+        (
+            {"commonLabels": {"app.kubernetes.io/instance": "mine"}},
+            "commonLabels has app.kubernetes.io/instance, by which the chart finds its own objects",
+        ),
+        ({"commonLabels": {"roundhouse.dev/ray-node": "false"}}, "commonLabels has roundhouse.dev/ray-node"),
+        ({"extraEnv": [{"name": "RAY_AUTH_MODE", "value": "disabled"}]}, "extraEnv has RAY_AUTH_MODE"),
+        ({"extraEnv": [{"name": "RAY_AUTH_TOKEN", "value": "mine"}]}, "extraEnv has RAY_AUTH_TOKEN"),
+        ({"extraEnv": [{"name": "RAY_AUTH_TOKEN_PATH", "value": "/a"}]}, "extraEnv has RAY_AUTH_TOKEN_PATH"),
+        ({"podDisruptionBudget.maxUnavailable": "0%"}, "podDisruptionBudget.maxUnavailable is 0%: no node"),
+        (
+            {"gcs.persistence": {"enabled": False, "existingClaim": "mine"}},
+            "gcs.persistence.existingClaim is mine and gcs.persistence.enabled is false",
+        ),
+        (
+            {
+                "ray.provider": "kuberay",
+                "ray.kuberay.autoscaling.enabled": False,
+                "ray.workerGroups.cpu.maxReplicas": 4,
+            },
+            "ray.workerGroups.cpu: maxReplicas, 4, is above replicas, 2, and ray.kuberay.autoscaling.enabled is false",
+        ),
+        ({"models": [SMALL | {"device": "cuda"}]}, "models: a: device is cuda and resources.gpus is 0"),
+        (
+            {"models": [SMALL | {"device": "cpu", "resources": {"gpus": 1}}], "ray.workerGroups.cpu.gpus": 1},
+            "models: a: resources.gpus is 1 and device is cpu",
+        ),
+        (
+            {"models": [SMALL | {"resources": {"gpus": 1.5}}], "ray.workerGroups.cpu.gpus": 2},
+            "models: a: resources.gpus is 1.5, and an amount above 1 is whole",
+        ),
         ({"gateway.replicas": 3}, "gateway.replicas is 3 and there are 2 workers at most"),
         (
             {"ray.provider": "kuberay", "ray.workerGroups.cpu.maxReplicas": 4, "gateway.replicas": 5},
@@ -657,6 +686,20 @@ SMALL = {"name": "a", "task": "forecast", "source": "hf:m/x"}
 )
 def test_values_that_contradict_each_other_are_refused_in_a_sentence(program, values, sentence):
     assert sentence in refusal(values, program)
+
+
+@pytest.mark.parametrize("program", HELMS)
+def test_what_callers_are_told_has_no_slash_at_its_end(program):
+    assert (
+        "--public-url=https://models.example.com\n"
+        in helm(program, "--set", "publicUrl=https://models.example.com/").stdout
+    )
+
+
+@pytest.mark.parametrize("program", HELMS)
+def test_a_budget_that_is_turned_off_may_hold_anything(program):
+    words = ("--set", "podDisruptionBudget.enabled=false", "--set", "podDisruptionBudget.maxUnavailable=0%")
+    assert helm(program, *words).returncode == 0
 
 
 @pytest.mark.parametrize("program", HELMS)

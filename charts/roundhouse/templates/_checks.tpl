@@ -1,7 +1,35 @@
+{{/* Fails where a name, a label or a variable takes the place of one that the chart relies on. */}}
+{{- define "roundhouse.checkNames" -}}
+{{- $name := include "roundhouse.fullname" . }}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $name) }}
+{{- fail (printf "every object's name would begin with %q, and a Service's takes small letters, digits and hyphens, a letter first; set fullnameOverride to such a name" $name) }}
+{{- end }}
+{{- range $label, $_ := .Values.commonLabels }}
+{{- if regexMatch "^(app\\.kubernetes\\.io/(name|instance|component|version|part-of|managed-by)|helm\\.sh/chart|roundhouse\\.dev/.*)$" $label }}
+{{- fail (printf "commonLabels has %s, by which the chart finds its own objects; leave it out" $label) }}
+{{- end }}
+{{- end }}
+{{- range .Values.extraEnv }}
+{{- if regexMatch "^RAY_AUTH_(MODE|TOKEN.*)$" (default "" .name) }}
+{{- fail (printf "extraEnv has %s, which the chart sets: without the token anybody in the cluster could run code; give the token by ray.token.existingSecret" .name) }}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{/* Fails where a kind of cache or of entrance lacks what it needs. */}}
 {{- define "roundhouse.checkPlaces" -}}
 {{- if and (eq .Values.ray.provider "kuberay") .Values.gcs.persistence.existingClaim (eq .Values.ray.kuberay.upgradeStrategy "NewCluster") }}
 {{- fail "gcs.persistence.existingClaim would be written by two heads while KubeRay replaces a cluster; leave it empty, or set ray.kuberay.upgradeStrategy to None" }}
+{{- end }}
+{{- with .Values.gcs.persistence }}
+{{- if and .existingClaim (not .enabled) }}
+{{- fail (printf "gcs.persistence.existingClaim is %s and gcs.persistence.enabled is false; turn it on, or leave the claim out" .existingClaim) }}
+{{- end }}
+{{- end }}
+{{- with .Values.podDisruptionBudget }}
+{{- if and .enabled (not (.maxUnavailable | toString | trimSuffix "%" | int)) }}
+{{- fail (printf "podDisruptionBudget.maxUnavailable is %v: no node with a worker could ever be drained; give it 1 or more, or turn podDisruptionBudget.enabled off" .maxUnavailable) }}
+{{- end }}
 {{- end }}
 {{- $cache := .Values.cache }}
 {{- if and (eq $cache.type "hostPath") (not $cache.hostPath) }}
@@ -32,6 +60,9 @@
 {{- $most := int (default $group.replicas $group.maxReplicas) }}
 {{- if lt $most (int $group.replicas) }}
 {{- fail (printf "ray.workerGroups.%s: maxReplicas, %d, is below replicas, %d" $name $most (int $group.replicas)) }}
+{{- end }}
+{{- if and (gt $most (int $group.replicas)) (not $.Values.ray.kuberay.autoscaling.enabled) }}
+{{- fail (printf "ray.workerGroups.%s: maxReplicas, %d, is above replicas, %d, and ray.kuberay.autoscaling.enabled is false; turn it on, or set replicas" $name $most (int $group.replicas)) }}
 {{- end }}
 {{- if and $group.maxReplicas (ne $.Values.ray.provider "kuberay") }}
 {{- fail (printf "ray.workerGroups.%s: maxReplicas is for ray.provider kuberay, which adds workers by itself; set replicas" $name) }}
@@ -73,6 +104,16 @@
 {{- $most := int (default 1 $scaling.max_replicas) }}
 {{- if lt $most $least }}
 {{- fail (printf "%s: scaling.max_replicas, %d, is below min_replicas, %d" $place $most $least) }}
+{{- end }}
+{{- $gpus := dig "gpus" 0 (default dict .resources) | float64 }}
+{{- if and (eq (default "auto" .device) "cuda") (not $gpus) }}
+{{- fail (printf "%s: device is cuda and resources.gpus is 0; give it 1 or a fraction" $place) }}
+{{- end }}
+{{- if and (eq (default "auto" .device) "cpu") $gpus }}
+{{- fail (printf "%s: resources.gpus is %v and device is cpu; leave one of them out" $place $gpus) }}
+{{- end }}
+{{- if and (gt $gpus 1.0) (ne (floor $gpus) $gpus) }}
+{{- fail (printf "%s: resources.gpus is %v, and an amount above 1 is whole; a replica takes a part of one GPU, or whole ones" $place $gpus) }}
 {{- end }}
 {{- include "roundhouse.checkSize" (dict "root" $ "place" $place "resources" (default dict .resources)) }}
 {{- end }}

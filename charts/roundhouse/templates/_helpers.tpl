@@ -213,7 +213,7 @@ http://{{ include "roundhouse.fullname" . }}-inference.{{ .Release.Namespace }}.
 {{/* What callers should be told. */}}
 {{- define "roundhouse.publicUrl" -}}
 {{- if .Values.publicUrl -}}
-{{ .Values.publicUrl }}
+{{ trimSuffix "/" .Values.publicUrl }}
 {{- else if and .Values.ingress.enabled .Values.ingress.host -}}
 http{{ if .Values.ingress.tlsSecretName }}s{{ end }}://{{ .Values.ingress.host }}
 {{- else -}}

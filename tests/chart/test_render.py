@@ -22,6 +22,7 @@ from tests.chart.rendering import (
     NAMESPACE,
     NEWEST,
     OLDEST,
+    ROOT,
     Pod,
     environment,
     given,
@@ -686,6 +687,17 @@ SMALL = {"name": "a", "task": "forecast", "source": "hf:m/x"}
 )
 def test_values_that_contradict_each_other_are_refused_in_a_sentence(program, values, sentence):
     assert sentence in refusal(values, program)
+
+
+def test_what_to_do_when_it_does_not_go_names_what_is_there():
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    names = {each["metadata"]["name"].replace(f"{NAMESPACE}-", "rh-") for each in objects("default")}
+    named = {*re.findall(r"rh-roundhouse-[a-z]+[-a-z0-9]*|rh-rh-roundhouse-[a-z-]+", page)}
+    assert named == {"rh-roundhouse-pre-delete", "rh-rh-roundhouse-hooks", "rh-roundhouse-head-0", "rh-roundhouse-gcs"}
+    assert named - {"rh-roundhouse-head-0"} <= names
+    assert only("default", "StatefulSet")["metadata"]["name"] == "rh-roundhouse-head"
+    reconnect = environment(next(pods(of("default", "StatefulSet"))))["RAY_gcs_rpc_server_reconnect_timeout_s"]
+    assert ("ten minutes" in page) == (reconnect == "600")
 
 
 @pytest.mark.parametrize("program", HELMS)

@@ -59,6 +59,14 @@ annotations:
 {{- end }}
 {{- end }}
 
+{{/*
+Name of the Lease. It is the namespace's, not the release's: Helm refuses a second release there, whose controller would
+fight over the same Models.
+*/}}
+{{- define "roundhouse.lease" -}}
+roundhouse-controller
+{{- end }}
+
 {{- define "roundhouse.tokenSecret" -}}
 {{- default (printf "%s-ray-token" (include "roundhouse.fullname" .)) .Values.ray.token.existingSecret }}
 {{- end }}
@@ -127,7 +135,6 @@ securityContext:
 - {name: tmp, mountPath: /tmp}
 - {name: shm, mountPath: /dev/shm}
 - {name: token, mountPath: /etc/roundhouse/token, readOnly: true}
-- {name: cache, mountPath: /var/cache/roundhouse}
 {{- with .Values.extraVolumeMounts }}
 {{ toYaml . }}
 {{- end }}
@@ -145,17 +152,6 @@ securityContext:
     secretName: {{ include "roundhouse.tokenSecret" . }}
     items:
       - {key: auth_token, path: auth_token}
-- name: cache
-{{- if eq .Values.cache.type "pvc" }}
-  persistentVolumeClaim:
-    claimName: {{ default (printf "%s-cache" (include "roundhouse.fullname" .)) .Values.cache.existingClaim }}
-{{- else if eq .Values.cache.type "hostPath" }}
-  hostPath:
-    path: {{ .Values.cache.hostPath }}
-    type: DirectoryOrCreate
-{{- else }}
-  emptyDir: {}
-{{- end }}
 {{- with .Values.extraVolumes }}
 {{ toYaml . }}
 {{- end }}
@@ -217,7 +213,7 @@ http://{{ include "roundhouse.fullname" . }}-inference.{{ .Release.Namespace }}.
 {{/* What callers should be told. */}}
 {{- define "roundhouse.publicUrl" -}}
 {{- if .Values.publicUrl -}}
-{{ .Values.publicUrl }}
+{{ trimSuffix "/" .Values.publicUrl }}
 {{- else if and .Values.ingress.enabled .Values.ingress.host -}}
 http{{ if .Values.ingress.tlsSecretName }}s{{ end }}://{{ .Values.ingress.host }}
 {{- else -}}
@@ -253,9 +249,9 @@ priorityClassName: {{ . }}
 {{- $workers }}
 {{- end }}
 
-{{/* How many gateway replicas there are: by default one a worker, which makes every worker a way in. */}}
+{{/* How many gateway replicas there are: by default one a worker, which makes every worker a way in. Ray takes no 0. */}}
 {{- define "roundhouse.gatewayReplicas" -}}
-{{- default (include "roundhouse.workers" .) .Values.gateway.replicas }}
+{{- default (include "roundhouse.workers" . | int | max 1) .Values.gateway.replicas }}
 {{- end }}
 
 {{/* A group of workers with what it leaves out. Sprig's merge would take a 0 that is given for left out. */}}
@@ -303,9 +299,12 @@ priorityClassName: {{ . }}
 {{- int64 $bytes }}
 {{- end }}
 
-{{/* The first process of a container ignores a signal that it does not handle, and Ray's handles none. */}}
+{{/*
+The first process of a container ignores a signal that it does not handle, and Ray's handles none. When it ends, all others
+are killed, so it waits until Ray has ended.
+*/}}
 {{- define "roundhouse.endOnSignal" -}}
 child=$!
-trap 'kill -TERM $child' TERM INT
+trap 'kill -TERM $child; wait $child; exit $?' TERM INT
 wait $child
 {{- end }}

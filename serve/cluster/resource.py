@@ -22,6 +22,7 @@ from serve.spec import ModelSpec
 
 _RETRY_FIRST_S = 15.0
 _RETRY_MOST_S = 900.0
+_RETRY_DOUBLINGS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +152,7 @@ def _attempt(spec: ModelSpec, application: Application | None, now: float) -> in
     if variables.get(MODEL_VARIABLE) != variables_of(fresh)[MODEL_VARIABLE]:
         return 0
     attempt = int(variables.get(ATTEMPT_VARIABLE, 0))
-    due = application.deployed_at + min(_RETRY_MOST_S, _RETRY_FIRST_S * 2**attempt)
+    due = application.deployed_at + min(_RETRY_MOST_S, _RETRY_FIRST_S * 2 ** min(attempt, _RETRY_DOUBLINGS))
     return attempt + 1 if application.status == "DEPLOY_FAILED" and now >= due else attempt
 
 

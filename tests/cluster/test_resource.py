@@ -152,6 +152,13 @@ def test_a_model_that_failed_is_tried_again_at_growing_intervals():
     assert waits == [15, 30, 60, 120, 240, 480, 900, 900]
 
 
+def test_a_model_that_failed_for_weeks_is_tried_on():
+    entry = serve_config([read(model()).spec], attempts={"one": 5000})["applications"][1]
+    failed = running({"applications": [entry]}, status="DEPLOY_FAILED", running=0)
+    assert attempt(config_of(model(), observed=failed, now=NOW + 899)) == 5000
+    assert attempt(config_of(model(), observed=failed, now=NOW + 900)) == 5001
+
+
 def test_an_edit_begins_the_attempts_anew():
     config = config_of(model())
     failed = running(config, status="DEPLOY_FAILED", running=0)

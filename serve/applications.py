@@ -149,9 +149,13 @@ def serve_config(
     }
 
 
+def declared_text(spec: ModelSpec) -> str:
+    """Return a declaration as it travels in the environment of a model's replicas."""
+    return json.dumps(spec.model_dump(mode="json", by_alias=True, exclude={"scaling"}), sort_keys=True)
+
+
 def _model_application(spec: ModelSpec, logging: dict[str, Any], attempt: int | None) -> dict[str, Any]:
-    declared = json.dumps(spec.model_dump(mode="json", by_alias=True, exclude={"scaling"}), sort_keys=True)
-    variables = {MODEL_VARIABLE: declared} | ({ATTEMPT_VARIABLE: str(attempt)} if attempt else {})
+    variables = {MODEL_VARIABLE: declared_text(spec)} | ({ATTEMPT_VARIABLE: str(attempt)} if attempt else {})
     options = deployment_options(spec) | replica_options(spec) | {"logging_config": logging}
     options["ray_actor_options"]["runtime_env"] = {"env_vars": variables}
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ from serve.errors import RoundhouseError
 MANAGER = "roundhouse-controller"
 _WATCH_S = 300
 TIMEOUT_S = 30
+# Deeper than any Model that is right, and than what stands around it in a list.
+_MAX_DEPTH = 100
+_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]')
 
 
 class ApiUnavailable(RoundhouseError):
@@ -90,7 +94,7 @@ class Cluster:
             "timeoutSeconds": str(_WATCH_S),
         }
         for line in self._stream(self._objects, query):
-            event = json.loads(line)
+            event = _parsed(line)
             if event["type"] != "ERROR":
                 yield Change(event["type"], event["object"])
             elif event["object"].get("code") == 410:
@@ -177,7 +181,7 @@ class Cluster:
         """
         response = self._send(method, path, query=query or {}, body=body, kind=kind, read_s=TIMEOUT_S)
         try:
-            found: dict[str, Any] = json.loads(response.read())
+            found: dict[str, Any] = _parsed(response.read())
         except ValueError as error:
             raise ApiUnavailable(f"the API server does not answer {method} {path} with JSON") from error
         return found
@@ -218,6 +222,28 @@ class Cluster:
         if response.status in (409, 410):
             raise Conflict(f"{method} {path}: {told}")
         raise ApiUnavailable(f"the API server refuses {method} {path} ({response.status}): {told}")
+
+
+def _parsed(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except RecursionError:
+        return json.loads(_shallow(data))
+
+
+def _shallow(data: bytes) -> bytes:
+    """Return JSON with null for what is nested deepest, so that one object does not keep the others from being read."""
+    parts, begin, depth = [], 0, 0
+    for found in _BRACKETS.finditer(data):
+        if found[0] in b"[{":
+            depth += 1
+            if depth == _MAX_DEPTH:
+                parts.append(data[begin : found.start()] + b"null")
+        elif found[0] in b"]}":
+            depth -= 1
+            if depth == _MAX_DEPTH - 1:
+                begin = found.end()
+    return b"".join([*parts, data[begin:]])
 
 
 def _message(answer: bytes) -> str:

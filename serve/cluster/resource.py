@@ -13,6 +13,7 @@ from serve.applications import (
     MODEL_VARIABLE,
     application_name,
     declared_in,
+    declared_text,
     serve_config,
     variables_of,
 )
@@ -23,6 +24,8 @@ from serve.spec import ModelSpec
 _RETRY_FIRST_S = 15.0
 _RETRY_MOST_S = 900.0
 _RETRY_DOUBLINGS = 6
+# Linux starts no process with an argument of 128 KiB or more, and Ray adds to the one that it writes variables in.
+_LARGEST_VARIABLE = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +98,7 @@ class Observed:
 def read(model: Mapping[str, Any]) -> Declared:
     """Return what a Model object (as the API server gives it) declares."""
     metadata = model["metadata"]
-    spec, problem = None, ""
-    try:
-        document = {"models": [{"name": metadata["name"], **model.get("spec", {})}]}
-        [spec] = parse_declaration(json.dumps(document).encode(), path=Path("spec"), base_dir=None).models
-    except InvalidDeclaration as error:
-        problem = "; ".join(_sentence(problem) for problem in error.problems)
+    spec, problem = _spec_of(metadata["name"], model.get("spec", {}))
     return Declared(
         name=metadata["name"],
         generation=metadata.get("generation", 0),
@@ -112,6 +110,25 @@ def read(model: Mapping[str, Any]) -> Declared:
         status=model.get("status", {}),
         uid=metadata.get("uid", ""),
     )
+
+
+def _spec_of(name: str, declared: Mapping[str, Any]) -> tuple[ModelSpec | None, str]:
+    """Return a spec, or None and what is wrong with it."""
+    try:
+        document = json.dumps({"models": [{"name": name, **declared}]}).encode()
+        [spec] = parse_declaration(document, path=Path("spec"), base_dir=None).models
+        # Ray writes it as JSON once more.
+        size = len(json.dumps(declared_text(spec)))
+    except InvalidDeclaration as error:
+        return None, "; ".join(_sentence(problem) for problem in error.problems)
+    except RecursionError:
+        return None, "spec: nested too deeply to be read"
+    if size > _LARGEST_VARIABLE:
+        return None, (
+            f"spec: takes {size} bytes of a replica's environment, at most {_LARGEST_VARIABLE}; "
+            "put what is large into a file that options name"
+        )
+    return spec, ""
 
 
 def _sentence(problem: Any) -> str:

@@ -51,6 +51,8 @@ class _Server:
     def __init__(self, faults: Faults) -> None:
         self.faults = faults
         self.asked: list[tuple[str, str]] = []
+        # Path -> status and body that are answered there instead.
+        self.instead: dict[str, tuple[int, bytes]] = {}
         self._lock = threading.Lock()
         outer = self
 
@@ -66,8 +68,13 @@ class _Server:
                         self.close_connection = True
                         return
                     outer.asked.append((self.command, self.path))
-                    status, answer = outer.answer(self.command, self.path, json.loads(body) if body else None, self)
-                data = json.dumps(answer).encode()
+                    path = urlsplit(self.path).path
+                    if path in outer.instead:
+                        status, data = outer.instead[path]
+                    else:
+                        told = json.loads(body) if body else None
+                        status, answer = outer.answer(self.command, self.path, told, self)
+                        data = json.dumps(answer).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))

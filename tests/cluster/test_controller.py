@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +15,7 @@ from serve.cluster.controller import Controller, NotLeading, Store
 from serve.cluster.kube import ApiUnavailable
 from serve.cluster.leader import DURATION_S, Leadership
 from serve.cluster.targets import TargetUnavailable
-from tests.cluster.fakes import NOW, Clock, FakeApi, FakeRay, Faults, world
+from tests.cluster.fakes import MODELS, NOW, Clock, FakeApi, FakeRay, Faults, world
 
 World = tuple[FakeApi, FakeRay, Faults]
 
@@ -110,6 +111,22 @@ def test_a_wrong_model_is_told_and_leaves_the_others_alone(around: World) -> Non
     assert api.models["right"]["status"]["phase"] == "Ready"
     assert application_name("wrong") not in ray_api.applications
     assert {event["involvedObject"]["name"] for event in api.events if event["type"] == "Warning"} == {"wrong"}
+
+
+@pytest.mark.parametrize("depth", [40, 1_200, 5_000])
+def test_a_model_that_is_nested_too_deeply_leaves_the_others_alone(around: World, depth: int) -> None:
+    api, ray_api, _ = around
+    api.put("right")
+    api.put("deep", task="python", source="file:/a.py", options={"class": "X", "arguments": {"a": "DEEP"}})
+    one = controller(api, ray_api)
+    listed = json.dumps(api.answer("GET", f"{MODELS}?limit=500", None, None)[1]).encode()
+    api.instead[MODELS] = 200, listed.replace(b'"DEEP"', b'{"a":' * depth + b"1" + b"}" * depth)
+    turn(one, api)
+    api.instead.clear()
+    conditions = {each["type"]: each for each in api.models["deep"]["status"]["conditions"]}
+    assert conditions["Accepted"]["status"] == "False"
+    assert "nested" in conditions["Accepted"]["message"]
+    assert set(ray_api.applications) == {"gateway", application_name("right")}
 
 
 def test_a_model_that_does_not_start_is_degraded(around: World) -> None:

@@ -73,6 +73,32 @@ def test_a_wrong_model_says_where_and_what_is_meant(spec: dict[str, Any], senten
     assert "models[0]" not in declared.problem
 
 
+def nested(depth: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for _ in range(depth):
+        found = {"a": found}
+    return found
+
+
+@pytest.mark.parametrize("depth", [40, 1_200, 5_000])
+def test_a_model_that_is_nested_too_deeply_is_its_own_problem(depth: int):
+    python = {"task": "python", "source": "file:/a.py", "options": {"class": "X", "arguments": nested(depth)}}
+    declared = read(model("deep", **python))
+    assert declared.spec is None
+    assert "nested" in declared.problem
+    assert status(declared, Observed())["phase"] == "Failed"
+
+
+@pytest.mark.parametrize("text", ["x" * 100_000, '"' * 30_000])
+def test_a_model_that_no_process_could_be_started_with_is_refused(text: str):
+    python = {"task": "python", "source": "file:/a.py", "options": {"class": "X", "arguments": {"a": text}}}
+    declared = read(model(**python))
+    assert declared.spec is None
+    assert "of a replica's environment, at most 100000" in declared.problem
+    python["options"]["arguments"] = {"a": text[: len(text) // 2]}
+    assert read(model(**python)).spec is not None
+
+
 def test_an_absolute_file_is_not_looked_for():
     assert read(model(source="file:/models/on/another/machine")).spec is not None
 

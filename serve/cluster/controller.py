@@ -171,12 +171,9 @@ class Controller:
                     wait_s, failures = (_SETTLED_S if settled else _BUSY_S), 0
                 except NotLeading:
                     logger.warning("another controller has taken over")
-                except (ApiUnavailable, TargetUnavailable) as error:
+                except Exception as error:
                     failures += 1
-                    self.counters.errors += 1
-                    wait_s = min(_LONGEST_BACKOFF_S, 2.0 ** min(failures, 6)) * random.uniform(0.5, 1.0)
-                    logger.warning("%s; trying again in %.0f s", error, wait_s)
-                    self._stop.wait(wait_s)
+                    self._back_off(error, failures)
                     continue
             self._pause(wait_s)
         try:
@@ -185,6 +182,19 @@ class Controller:
             logger.warning("the lease runs out by itself: %s", error)
         if self._broken:
             raise ControllerBroken(self._broken)
+
+    def _back_off(self, error: Exception, failures: int) -> None:
+        self.counters.errors += 1
+        wait_s = min(_LONGEST_BACKOFF_S, 2.0 ** min(failures, 6)) * random.uniform(0.5, 1.0)
+        unforeseen = not isinstance(error, (ApiUnavailable, TargetUnavailable))
+        logger.log(
+            logging.ERROR if unforeseen else logging.WARNING,
+            "%s; trying again in %.0f s",
+            f"a pass ended by {type(error).__name__}: {error}" if unforeseen else error,
+            wait_s,
+            exc_info=error if unforeseen else None,
+        )
+        self._stop.wait(wait_s)
 
     def _guarded(self, name: str, work: Callable[[], None]) -> None:
         try:

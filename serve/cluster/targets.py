@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,13 +51,14 @@ class RayServeApi:
 
     def observe(self) -> Observed:
         """Return what runs; raises TargetUnavailable."""
-        told = self._ask("GET", "/api/serve/applications/").json()
-        nodes = self._ask("GET", "/api/v0/nodes", params={"detail": "1", "limit": "10000"}).json()
-        return Observed(
-            applications={name: application(name, entry) for name, entry in told.get("applications", {}).items()},
-            nodes=_nodes(nodes["data"]["result"]["result"]),
-            phases=phases(self._gateway_url),
-        )
+        told = self._ask("GET", "/api/serve/applications/")
+        with _of_form(f"Ray at {self._client.base_url} tells of its applications"):
+            entries = told.json().get("applications", {})
+            applications = {name: application(name, entry) for name, entry in entries.items()}
+        told = self._ask("GET", "/api/v0/nodes", params={"detail": "1", "limit": "10000"})
+        with _of_form(f"Ray at {self._client.base_url} tells of its nodes"):
+            nodes = _nodes(told.json()["data"]["result"]["result"])
+        return Observed(applications=applications, nodes=nodes, phases=phases(self._gateway_url))
 
     def apply(self, config: Mapping[str, Any]) -> None:
         """Make a whole Ray Serve config the one that runs; raises TargetUnavailable."""
@@ -98,8 +100,8 @@ class RayService:
     def observe(self) -> Observed:
         """Return what runs, beside the config that the object holds; raises TargetUnavailable."""
         service = self._call(self._get)
-        text = service.get("spec", {}).get("serveConfigV2", "")
-        configs = {entry["name"]: entry for entry in (yaml.safe_load(text) or {}).get("applications", ())}
+        with _of_form("the RayService holds its serveConfigV2"):
+            configs = _configs(service.get("spec", {}).get("serveConfigV2", ""))
         told = self._ray(_cluster_of(service)).observe()
         # KubeRay passes a config on some seconds after it is written: until then Ray tells of the one before.
         under_way = changes({"applications": list(configs.values())}, told)
@@ -129,6 +131,20 @@ def _cluster_of(service: Mapping[str, Any]) -> str:
         if name := status.get(which, {}).get("rayClusterName"):
             return str(name)
     raise TargetUnavailable("KubeRay has made no Ray cluster yet; is its operator running?")
+
+
+@contextlib.contextmanager
+def _of_form(what: str) -> Iterator[None]:
+    """Read what another wrote; raises TargetUnavailable where it is of another form."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        first = next(iter(str(error).splitlines()), "")
+        raise TargetUnavailable(f"{what} in a form that is not known: {type(error).__name__}: {first}") from error
+
+
+def _configs(text: str) -> dict[str, Mapping[str, Any]]:
+    return {entry["name"]: entry for entry in (yaml.safe_load(text) or {}).get("applications", ())}
 
 
 def application(name: str, entry: Mapping[str, Any]) -> Application:

@@ -8,7 +8,7 @@ import datetime
 import http.server
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
 
@@ -74,7 +74,7 @@ class _Server:
                     else:
                         told = json.loads(body) if body else None
                         status, answer = outer.answer(self.command, self.path, told, self)
-                        data = json.dumps(answer).encode()
+                        data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))
@@ -119,7 +119,8 @@ class FakeApi(_Server):
         self.models: dict[str, dict[str, Any]] = {}
         self.leases: dict[str, dict[str, Any]] = {}
         self.events: list[dict[str, Any]] = []
-
+        self.when_watched: Callable[[], None] = lambda: None
+        self._changes: list[tuple[int, str, dict[str, Any]]] = []
         self._client = kube.ApiClient(kube.Configuration(host=self.url))
 
     def cluster(self) -> Cluster:
@@ -148,6 +149,9 @@ class FakeApi(_Server):
         metadata["resourceVersion"] = str(self.version)
         if "deletionTimestamp" in metadata and not metadata.get("finalizers"):
             self.models.pop(metadata["name"], None)
+        if "spec" in thing:
+            kind = "MODIFIED" if metadata["name"] in self.models else "DELETED"
+            self._changes.append((self.version, kind, copy.deepcopy(thing)))
         return thing
 
     # HTTP
@@ -156,6 +160,8 @@ class FakeApi(_Server):
         parts = urlsplit(path)
         if parts.path == MODELS and method == "GET":
             query = parse_qs(parts.query)
+            if "watch" in query:
+                return 200, self._watched(int(query["resourceVersion"][0]))
             names = sorted(self.models)
             begin = int(query.get("continue", ["0"])[0])
             end = begin + int(query["limit"][0])
@@ -170,6 +176,12 @@ class FakeApi(_Server):
             self.events.append(body)
             return 201, body
         return 404, {"message": f"no {path}"}
+
+    def _watched(self, version: int) -> bytes:
+        """Return what has changed since a version; a watch ends there, and the next one tells of the rest."""
+        self.when_watched()
+        new = [{"type": kind, "object": model} for at, kind, model in self._changes if at > version]
+        return b"".join(json.dumps(event).encode() + b"\n" for event in new)
 
     def _applied(self, path: str, body: Any) -> Answer:
         name, _, part = path.partition("/")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -14,7 +14,8 @@ from serve.applications import application_name
 from serve.cluster.controller import Controller, NotLeading, Store
 from serve.cluster.kube import ApiUnavailable
 from serve.cluster.leader import DURATION_S, Leadership
-from serve.cluster.targets import TargetUnavailable
+from serve.cluster.resource import Observed
+from serve.cluster.targets import Target, TargetUnavailable
 from tests.cluster.fakes import MODELS, NOW, Clock, FakeApi, FakeRay, Faults, world
 
 World = tuple[FakeApi, FakeRay, Faults]
@@ -24,6 +25,31 @@ class Leads:
     """A leadership that is held until a test takes it away."""
 
     holds = True
+
+    def renew(self) -> bool:
+        return self.holds
+
+    def give_up(self) -> None:
+        pass
+
+
+class Falters:
+    """A target that fails as nobody foresaw, and then works until the controller has been told to stop."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self.observed = 0
+        self.stop: Callable[[], None]
+
+    def observe(self) -> Observed:
+        self.observed += 1
+        if self.observed == 1:
+            raise KeyError("unforeseen")
+        return self._target.observe()
+
+    def apply(self, config: Mapping[str, Any]) -> None:
+        self._target.apply(config)
+        self.stop()
 
 
 @pytest.fixture
@@ -208,6 +234,22 @@ def test_a_server_that_is_away_is_an_error_and_then_goes_on(around: World, serve
     faults.away = set()
     converge(one, api, ray_api)
     assert api.models["one"]["status"]["phase"] == "Ready"
+
+
+def test_a_pass_that_ends_as_nobody_foresaw_is_told_and_followed_by_another(
+    around: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("random.uniform", lambda *_: 0.0)
+    api, ray_api, _ = around
+    api.put("one")
+    target = Falters(ray_api.target())
+    one = Controller(api.cluster(), target, Leads(), gateway_replicas=1, public_url="http://models", now=lambda: NOW)
+    target.stop = one.stop
+    one.run()
+    assert application_name("one") in ray_api.applications
+    assert one.counters.errors == 1
+    (told,) = [record for record in caplog.records if record.exc_info]
+    assert "KeyError" in told.getMessage()
 
 
 def test_who_does_not_lead_writes_nothing(around: World) -> None:

@@ -60,6 +60,20 @@ def test_ray_that_is_away_is_named(ray: FakeRay) -> None:
         ray.target().observe()
 
 
+@pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b"null", b'{"data":{"result":null}}', b'{"data": []}'])
+def test_nodes_of_another_form_are_a_sentence(ray: FakeRay, body: bytes) -> None:
+    ray.instead["/api/v0/nodes"] = 200, body
+    with pytest.raises(TargetUnavailable, match="tells of its nodes in a form that is not known"):
+        ray.target().observe()
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b'{"applications": {"a": {}}}', b'{"applications": [1]}'])
+def test_applications_of_another_form_are_a_sentence(ray: FakeRay, body: bytes) -> None:
+    ray.instead["/api/serve/applications/"] = 200, body
+    with pytest.raises(TargetUnavailable, match="tells of its applications in a form that is not known"):
+        ray.target().observe()
+
+
 def test_a_replica_without_a_node_waits() -> None:
     entry = {
         "status": "DEPLOYING",
@@ -160,6 +174,14 @@ def test_the_cluster_that_serves_is_asked_and_before_there_is_one_the_one_that_i
     service.object["status"] = {"activeServiceStatus": {}}
     with pytest.raises(TargetUnavailable, match="KubeRay has made no Ray cluster yet"):
         target.observe()
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1", "text", "applications: [{}]", "applications: 1", 7])
+def test_a_rayservice_that_holds_another_form_is_a_sentence(ray: FakeRay, text: Any) -> None:
+    service = Service(ray)
+    service.object["spec"]["serveConfigV2"] = text
+    with pytest.raises(TargetUnavailable, match="holds its serveConfigV2 in a form that is not known"):
+        service.target().observe()
 
 
 def test_a_rayservice_that_another_wrote_is_tried_again(ray: FakeRay) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from serve.applications import application_name
 from serve.cluster.crd import GROUP, KIND, VERSION
-from serve.cluster.kube import ApiUnavailable, Cluster, Conflict, Missing
+from serve.cluster.kube import ApiUnavailable, Cluster, Conflict, Missing, Refused
 from serve.cluster.leader import RENEW_S, Leadership
 from serve.cluster.resource import Declared, Observed, changes, desired, is_gone, read, status_of
 from serve.cluster.targets import Target, TargetUnavailable
@@ -147,6 +147,8 @@ class Controller:
         self._now = now
         self.store = Store()
         self.counters = Counters()
+        # Model -> its version whose refusal was told.
+        self._refused: dict[str, str] = {}
         self._stop = threading.Event()
         self._broken = ""
 
@@ -287,14 +289,14 @@ class Controller:
         """See to it that a Model outlives its application; return whether that may be begun, or goes on."""
         if model.is_held or model.deleting:
             return True
-        held = self._write(partial(self._cluster.hold, model.name, version=model.version))
+        held = self._write(model, partial(self._cluster.hold, model.name, version=model.version))
         return held or not is_gone(model, observed)
 
     def _release(self, models: list[Declared], observed: Observed) -> None:
         for model in models:
             if model.is_held and model.deleting and is_gone(model, observed):
                 # The answer is not kept: the Model may be gone by now, and its going known already.
-                self._write(partial(self._cluster.release, model.name, version=model.version), keep=False)
+                self._write(model, partial(self._cluster.release, model.name, version=model.version), keep=False)
 
     def _tell(self, observed: Observed, changed: set[str]) -> None:
         now = self._now().strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -305,17 +307,23 @@ class Controller:
             # What Ray has just been told of it, it has said nothing about yet.
             if status == model.status or application_name(model.name) in changed & observed.applications.keys():
                 continue
-            if self._write(partial(self._cluster.write_status, model.name, status, version=model.version)):
+            if self._write(model, partial(self._cluster.write_status, model.name, status, version=model.version)):
                 self.counters.statuses += 1
                 self._emit(model, status, now)
         self.counters.phases = phases
 
-    def _write(self, write: Callable[[], dict[str, Any]], *, keep: bool = True) -> bool:
-        """Write one object; where it is another by now, leave it to the pass that its change will bring."""
+    def _write(self, model: Declared, write: Callable[[], dict[str, Any]], *, keep: bool = True) -> bool:
+        """Write one Model; where it is another by now, leave it to the pass that its change will bring."""
         self._may_write()
         try:
             answer = write()
         except (Conflict, Missing):
+            return False
+        except Refused as error:
+            self.counters.errors += 1
+            if self._refused.get(model.name) != model.version:
+                self._refused[model.name] = model.version
+                logger.warning("%s", error)
             return False
         if keep:
             self.store.put(answer)

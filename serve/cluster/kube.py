@@ -28,6 +28,10 @@ class ApiUnavailable(RoundhouseError):
     """The API server does not answer or refuses; the message says what was asked. Trying again may help."""
 
 
+class Refused(ApiUnavailable):
+    """The API server answers, and does not take this one request; another about another object it may take."""
+
+
 class Conflict(RoundhouseError):
     """The object is another than the one that was read, or the list is too old."""
 
@@ -62,7 +66,7 @@ def connect(context: str | None = None) -> kube.ApiClient:
 class Cluster:
     """One namespace of a cluster.
 
-    Every call raises ApiUnavailable where the API server does not answer or refuses.
+    Every call raises ApiUnavailable where the API server does not answer, and Refused where it does not take this one.
     """
 
     def __init__(self, client: kube.ApiClient, namespace: str) -> None:
@@ -221,7 +225,10 @@ class Cluster:
             raise Missing(f"{method} {path}: {told}")
         if response.status in (409, 410):
             raise Conflict(f"{method} {path}: {told}")
-        raise ApiUnavailable(f"the API server refuses {method} {path} ({response.status}): {told}")
+        # Who is not known yet, or asks too often, is refused everything.
+        is_about_this = 400 <= response.status < 500 and response.status not in (401, 408, 429)
+        refusal = Refused if is_about_this else ApiUnavailable
+        raise refusal(f"the API server refuses {method} {path} ({response.status}): {told}")
 
 
 def _parsed(data: bytes) -> Any:

@@ -119,6 +119,8 @@ class FakeApi(_Server):
         self.models: dict[str, dict[str, Any]] = {}
         self.leases: dict[str, dict[str, Any]] = {}
         self.events: list[dict[str, Any]] = []
+        # Model -> status that every write of it is answered with.
+        self.refused: dict[str, int] = {}
         self.when_watched: Callable[[], None] = lambda: None
         self._changes: list[tuple[int, str, dict[str, Any]]] = []
         self._client = kube.ApiClient(kube.Configuration(host=self.url))
@@ -188,6 +190,8 @@ class FakeApi(_Server):
         model = self.models.get(name)
         if model is None:
             return 404, {"message": f"models {name!r} not found"}
+        if name in self.refused:
+            return self.refused[name], {"message": f"admission webhook denied {name!r}"}
         if body["metadata"].get("resourceVersion", "") != model["metadata"]["resourceVersion"]:
             return 409, {"message": "the object has been modified"}
         before = copy.deepcopy(model)

@@ -155,6 +155,39 @@ def test_a_model_that_is_nested_too_deeply_leaves_the_others_alone(around: World
     assert set(ray_api.applications) == {"gateway", application_name("right")}
 
 
+@pytest.mark.parametrize("status", [400, 403, 413, 422])
+def test_a_model_whose_writes_are_refused_leaves_the_others_alone(
+    around: World, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    api, ray_api, _ = around
+    api.put("a")
+    api.put("z")
+    one = controller(api, ray_api)
+    api.refused = {"a": status}
+    for _ in range(4):
+        turn(one, api)
+        ray_api.settle()
+    assert api.models["z"]["status"]["phase"] == "Ready"
+    assert application_name("a") not in ray_api.applications, "nothing would hold the Model until it is gone"
+    assert one.counters.errors >= 4
+    assert len([record for record in caplog.records if "denied 'a'" in record.getMessage()]) == 1
+    api.put("a", description="new")
+    turn(one, api)
+    assert len([record for record in caplog.records if "denied 'a'" in record.getMessage()]) == 2
+    api.refused = {}
+    converge(one, api, ray_api)
+    assert api.models["a"]["status"]["phase"] == "Ready"
+
+
+@pytest.mark.parametrize("status", [401, 429, 500, 503])
+def test_an_api_server_that_takes_no_write_is_tried_again(around: World, status: int) -> None:
+    api, ray_api, _ = around
+    api.put("a")
+    api.refused = {"a": status}
+    with pytest.raises(ApiUnavailable, match=f"refuses PATCH .*{status}"):
+        turn(controller(api, ray_api), api)
+
+
 def test_a_model_that_does_not_start_is_degraded(around: World) -> None:
     api, ray_api, _ = around
     ray_api.broken = {application_name("bad")}

@@ -264,9 +264,9 @@ class Controller:
         """
         began = time.perf_counter()
         try:
-            models = self.store.declared()
+            declared = self.store.declared()
             observed = self._target.observe()
-            models = [model for model in models if self._hold(model, observed)]
+            models = [model for model in declared if self._hold(model, observed)]
             config = desired(models, observed, gateway_replicas=self._gateway_replicas, now=self._now().timestamp())
             changed = changes(config, observed)
             if changed:
@@ -275,7 +275,7 @@ class Controller:
                 self.counters.applied += 1
                 logger.info("told Ray of %s", _some(changed))
             self._release(models, observed)
-            self._tell(observed, changed)
+            self._tell(declared, observed, changed)
             return not changed and all(map(_is_settled, models))
         finally:
             self.counters.passes += 1
@@ -298,10 +298,10 @@ class Controller:
                 # The answer is not kept: the Model may be gone by now, and its going known already.
                 self._write(model, partial(self._cluster.release, model.name, version=model.version), keep=False)
 
-    def _tell(self, observed: Observed, changed: set[str]) -> None:
+    def _tell(self, declared: list[Declared], observed: Observed, changed: set[str]) -> None:
         now = self._now().strftime("%Y-%m-%dT%H:%M:%SZ")
         phases: dict[str, int] = {}
-        for model in self.store.declared():
+        for model in self._as_decided_on(declared):
             status = status_of(model, observed, public_url=self._public_url, now=now)
             phases[status["phase"]] = phases.get(status["phase"], 0) + 1
             # What Ray has just been told of it, it has said nothing about yet.
@@ -311,6 +311,12 @@ class Controller:
                 self.counters.statuses += 1
                 self._emit(model, status, now)
         self.counters.phases = phases
+
+    def _as_decided_on(self, declared: list[Declared]) -> list[Declared]:
+        """Return the Models at their newest versions, without those whose declaration is no longer the pass's."""
+        newest = {model.name: model for model in self.store.declared()}
+        found = ((model, newest.get(model.name)) for model in declared)
+        return [new for old, new in found if new is not None and _declares_the_same(old, new)]
 
     def _write(self, model: Declared, write: Callable[[], dict[str, Any]], *, keep: bool = True) -> bool:
         """Write one Model; where it is another by now, leave it to the pass that its change will bring."""
@@ -344,6 +350,10 @@ class Controller:
 def _some(names: set[str]) -> str:
     first = sorted(names)[:10]
     return ", ".join(first) + (f" and {len(names) - len(first)} more" if len(names) > len(first) else "")
+
+
+def _declares_the_same(old: Declared, new: Declared) -> bool:
+    return (old.uid, old.generation, old.deleting) == (new.uid, new.generation, new.deleting)
 
 
 def _is_settled(model: Declared) -> bool:

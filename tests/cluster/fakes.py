@@ -225,6 +225,7 @@ class FakeRay(_Server):
         self.applications: dict[str, dict[str, Any]] = {}
         self.configs: list[dict[str, Any]] = []
         self.broken: set[str] = set()
+        self.when_asked: Callable[[], None] = lambda: None
         self.deployed_at = NOW.timestamp()
 
     def target(self) -> RayServeApi:
@@ -241,6 +242,7 @@ class FakeRay(_Server):
             deployment["replicas"] = [] if is_broken else [_replica(name, entry["deployed_app_config"])]
 
     def answer(self, method: str, path: str, body: Any, request: Any) -> Answer:
+        self.when_asked()
         if path == "/v2/repository/index":
             return 200, []
         if request.headers["Authorization"] != f"Bearer {self.token}":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import resource
 from collections.abc import Callable, Iterator, Mapping
@@ -153,6 +154,27 @@ def test_a_model_that_is_nested_too_deeply_leaves_the_others_alone(around: World
     assert conditions["Accepted"]["status"] == "False"
     assert "nested" in conditions["Accepted"]["message"]
     assert set(ray_api.applications) == {"gateway", application_name("right")}
+
+
+def test_an_edit_during_a_pass_is_told_of_by_the_next(around: World) -> None:
+    api, ray_api, _ = around
+    one = controller(api, ray_api)
+    api.put("one")
+    converge(one, api, ray_api)
+
+    def edit() -> None:
+        api.put("one", description="edited while Ray was asked")
+        one.store.put(copy.deepcopy(api.models["one"]))
+
+    ray_api.when_asked = edit
+    before = copy.deepcopy(api.models["one"]["status"])
+    one.reconcile()
+    assert api.models["one"]["status"] == before
+    assert before["observedGeneration"] == 1
+    ray_api.when_asked = lambda: None
+    converge(one, api, ray_api)
+    assert api.models["one"]["status"]["observedGeneration"] == 2
+    assert len(ray_api.configs) == 2
 
 
 @pytest.mark.parametrize("status", [400, 403, 413, 422])

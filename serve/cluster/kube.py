@@ -18,7 +18,13 @@ from serve.errors import RoundhouseError
 
 MANAGER = "roundhouse-controller"
 _WATCH_S = 300
-TIMEOUT_S = 30
+_CONNECT_S = 5.0
+_ANSWER_S = 10.0
+# A list of hundreds of objects, or the removal of as many, takes the API server longer.
+_LONG_ANSWER_S = 60.0
+#: The longest from the beginning of a write until nothing of it can happen any more: to connect, to send, to be
+#: answered.
+WRITE_S = _CONNECT_S + _CONNECT_S + _ANSWER_S
 # Deeper than any Model that is right, and than what stands around it in a list.
 _MAX_DEPTH = 100
 _BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]')
@@ -54,13 +60,21 @@ def connect(context: str | None = None) -> kube.ApiClient:
     Raises:
         ApiUnavailable: There is neither.
     """
+    configuration = kube.Configuration()
     try:
         if context is None:
-            kube_config.load_incluster_config()
-            return kube.ApiClient()
-        return kube_config.new_client_from_config(context=context or None)
+            kube_config.load_incluster_config(client_configuration=configuration)
+        else:
+            kube_config.load_kube_config(context=context or None, client_configuration=configuration)
     except kube_config.ConfigException as error:
         raise ApiUnavailable(f"no way to a cluster: {error}") from error
+    return client_of(configuration)
+
+
+def client_of(configuration: kube.Configuration) -> kube.ApiClient:
+    """Return a client that sends each request once: urllib3 would send it up to four times, each as long as one."""
+    configuration.retries = False
+    return kube.ApiClient(configuration)
 
 
 class Cluster:
@@ -79,7 +93,8 @@ class Cluster:
         items: list[dict[str, Any]] = []
         more = ""
         while True:
-            page = self.call("GET", self._objects, query={"limit": "500", **({"continue": more} if more else {})})
+            query = {"limit": "500", **({"continue": more} if more else {})}
+            page = self.call("GET", self._objects, query=query, answer_s=_LONG_ANSWER_S)
             items += page["items"]
             more = page["metadata"].get("continue", "")
             if not more:
@@ -148,7 +163,7 @@ class Cluster:
 
     def delete_models(self) -> None:
         """Ask for every Model of the namespace to go."""
-        self.call("DELETE", self._objects)
+        self.call("DELETE", self._objects, answer_s=_LONG_ANSWER_S)
 
     def get_lease(self, name: str) -> dict[str, Any]:
         """Return a Lease (coordination.k8s.io/v1); raises Missing."""
@@ -176,23 +191,29 @@ class Cluster:
         query: Mapping[str, str] | None = None,
         body: Any = None,
         kind: str = "application/json",
+        answer_s: float = _ANSWER_S,
     ) -> dict[str, Any]:
         """Call the API server and return the JSON that it answers.
+
+        Args:
+            answer_s: How long it may take to answer; as it stands, a write ends within `WRITE_S`.
 
         Raises:
             Conflict: 409 and 410.
             Missing: 404.
         """
-        response = self._send(method, path, query=query or {}, body=body, kind=kind, read_s=TIMEOUT_S)
+        response = self._send(method, path, query=query or {}, body=body, kind=kind, read_s=answer_s)
         try:
             found: dict[str, Any] = _parsed(response.read())
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise ApiUnavailable(f"the answer to {method} {path} broke off: {error}") from error
         except ValueError as error:
             raise ApiUnavailable(f"the API server does not answer {method} {path} with JSON") from error
         return found
 
     def _stream(self, path: str, query: Mapping[str, str]) -> Iterator[bytes]:
         """Yield the lines of an answer as they come."""
-        response = self._send("GET", path, query=query, body=None, kind="application/json", read_s=_WATCH_S + TIMEOUT_S)
+        response = self._send("GET", path, query=query, body=None, kind="application/json", read_s=_WATCH_S + 30.0)
         rest = b""
         try:
             for part in response.response.stream(2**16):
@@ -215,7 +236,7 @@ class Cluster:
             auth_settings=["BearerToken"],
         )
         try:
-            response = self._client.call_api(*arguments, _request_timeout=(TIMEOUT_S, read_s))
+            response = self._client.call_api(*arguments, _request_timeout=(_CONNECT_S, read_s))
             if 200 <= response.status < 300:
                 return response
             told = _message(response.read())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +15,15 @@ import httpx
 import yaml
 
 from serve.applications import ANSWERING
-from serve.cluster.kube import ApiUnavailable, Conflict, Missing
+from serve.cluster.kube import WRITE_S, ApiUnavailable, Conflict, Missing
 from serve.cluster.resource import Application, Observed, changes
 from serve.errors import RoundhouseError
 
 _TIMEOUT_S = 30.0
+# Beginning to connect until the last piece is begun, one piece, and the answer: together no longer than `WRITE_S`.
+_SEND_S = WRITE_S / 4
+_WRITE_TIMEOUT = httpx.Timeout(WRITE_S / 2, connect=_SEND_S, write=_SEND_S, pool=_SEND_S)
+_PIECE = 2**16
 _PLACED = ANSWERING | {"STARTING", "STOPPING"}
 
 
@@ -42,10 +48,19 @@ class RayServeApi:
         url: `http://host:8265`.
         token: Returns the cluster's token, read anew for each request, so that it may be rotated.
         gateway_url: Where the gateway tells how far each model is; without an answer phases are left out.
+        clock: Seconds, monotonic.
     """
 
-    def __init__(self, url: str, *, token: Callable[[], str], gateway_url: str) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: Callable[[], str],
+        gateway_url: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._token = token
+        self._clock = clock
         self._gateway_url = gateway_url
         self._client = httpx.Client(base_url=url, timeout=_TIMEOUT_S)
 
@@ -62,11 +77,15 @@ class RayServeApi:
 
     def apply(self, config: Mapping[str, Any]) -> None:
         """Make a whole Ray Serve config the one that runs; raises TargetUnavailable."""
-        self._ask("PUT", "/api/serve/applications/", json=config)
+        body = json.dumps(config).encode()
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+        content = _pieces(body, until=self._clock() + _SEND_S, clock=self._clock)
+        self._ask("PUT", "/api/serve/applications/", content=content, headers=headers, timeout=_WRITE_TIMEOUT)
 
-    def _ask(self, method: str, path: str, **how: Any) -> httpx.Response:
+    def _ask(self, method: str, path: str, *, headers: Mapping[str, str] | None = None, **how: Any) -> httpx.Response:
         try:
-            response = self._client.request(method, path, headers={"Authorization": f"Bearer {self._token()}"}, **how)
+            authorised = {"Authorization": f"Bearer {self._token()}", **(headers or {})}
+            response = self._client.request(method, path, headers=authorised, **how)
         except (httpx.HTTPError, OSError) as error:
             raise TargetUnavailable(f"Ray at {self._client.base_url} does not answer: {error}") from error
         if response.status_code != 200:
@@ -75,6 +94,14 @@ class RayServeApi:
                 f"{response.text[:500]}"
             )
         return response
+
+
+def _pieces(body: bytes, *, until: float, clock: Callable[[], float]) -> Iterator[bytes]:
+    """Yield a body, which is never sent whole where its last piece would be late: half a request changes nothing."""
+    for begin in range(0, len(body), _PIECE):
+        if clock() > until:
+            raise httpx.WriteTimeout("sending took too long")
+        yield body[begin : begin + _PIECE]
 
 
 class RayService:

@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from kubernetes import client as kube
 
-from serve.cluster.kube import Cluster
+from serve.cluster.kube import Cluster, client_of
 from serve.cluster.targets import RayServeApi
 
 MODELS = "/apis/roundhouse.dev/v1alpha1/namespaces/here/models"
@@ -32,11 +32,12 @@ class Faults:
 
     def __init__(self) -> None:
         self.writes_left: int | None = None
-        self.lost_answers = False
         self.away: set[str] = set()
+        self.hung_up = 0
 
     def goes_through(self, server: str, *, is_write: bool) -> bool:
         if server in self.away or self.writes_left == 0:
+            self.hung_up += 1
             return False
         if is_write and self.writes_left is not None:
             self.writes_left -= 1
@@ -61,7 +62,10 @@ class _Server:
             disable_nagle_algorithm = True
 
             def _do(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                length = int(self.headers.get("Content-Length") or 0)
+                body = self.rfile.read(length)
+                if len(body) < length:
+                    return
                 with outer._lock:
                     is_write = self.command != "GET" and "/repository/" not in self.path
                     if not outer.faults.goes_through(outer.name, is_write=is_write):
@@ -123,7 +127,7 @@ class FakeApi(_Server):
         self.refused: dict[str, int] = {}
         self.when_watched: Callable[[], None] = lambda: None
         self._changes: list[tuple[int, str, dict[str, Any]]] = []
-        self._client = kube.ApiClient(kube.Configuration(host=self.url))
+        self._client = client_of(kube.Configuration(host=self.url))
 
     def cluster(self) -> Cluster:
         return Cluster(self._client, "here")
@@ -228,8 +232,8 @@ class FakeRay(_Server):
         self.when_asked: Callable[[], None] = lambda: None
         self.deployed_at = NOW.timestamp()
 
-    def target(self) -> RayServeApi:
-        return RayServeApi(self.url, token=lambda: self.token, gateway_url=self.url)
+    def target(self, **how: Any) -> RayServeApi:
+        return RayServeApi(self.url, token=lambda: self.token, gateway_url=self.url, **how)
 
     def settle(self) -> None:
         for name, entry in list(self.applications.items()):

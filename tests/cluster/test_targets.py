@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 from serve.applications import application_name, serve_config
-from serve.cluster.kube import Conflict
+from serve.cluster.kube import WRITE_S, Conflict
 from serve.cluster.resource import changes
 from serve.cluster.targets import RayServeApi, RayService, TargetUnavailable, application, token_in
 from serve.spec import ModelSpec
-from tests.cluster.fakes import FakeRay, Faults
+from tests.cluster.fakes import Clock, FakeRay, Faults
 
 NAME = application_name("one")
 
@@ -58,6 +58,18 @@ def test_ray_that_is_away_is_named(ray: FakeRay) -> None:
     ray.faults.away = {"ray"}
     with pytest.raises(TargetUnavailable, match=f"Ray at {ray.url} does not answer"):
         ray.target().observe()
+
+
+def test_a_config_that_is_late_is_not_sent_whole(ray: FakeRay) -> None:
+    clock = Clock()
+
+    def late() -> float:
+        clock.seconds += WRITE_S / 2
+        return clock()
+
+    with pytest.raises(TargetUnavailable, match="sending took too long"):
+        ray.target(clock=late).apply(config())
+    assert ray.configs == []
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b"null", b'{"data":{"result":null}}', b'{"data": []}'])

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from serve.applications import (
-    ATTEMPT_VARIABLE,
     MODEL_VARIABLE,
+    Attempt,
     application_name,
+    attempt_of,
     declared_in,
     declared_text,
     serve_config,
@@ -143,7 +144,7 @@ def desired(models: Sequence[Declared], observed: Observed, *, gateway_replicas:
     A Model that an edit made wrong goes on as it last was right, which Ray's own config remembers.
     """
     specs: list[ModelSpec] = []
-    attempts: dict[str, int] = {}
+    attempts: dict[str, Attempt] = {}
     for model in sorted(models, key=lambda model: model.name):
         application = observed.applications.get(application_name(model.name))
         spec = None if model.deleting else model.spec or _last_right(application)
@@ -160,17 +161,22 @@ def _last_right(application: Application | None) -> ModelSpec | None:
         return None
 
 
-def _attempt(spec: ModelSpec, application: Application | None, now: float) -> int:
-    """Return which attempt at starting this is: the one that runs, or the next where it failed long enough ago."""
-    if application is None or not application.config:
-        return 0
-    variables = variables_of(application.config)
-    [fresh] = serve_config([spec])["applications"][1:]
-    if variables.get(MODEL_VARIABLE) != variables_of(fresh)[MODEL_VARIABLE]:
-        return 0
-    attempt = int(variables.get(ATTEMPT_VARIABLE, 0))
-    due = application.deployed_at + min(_RETRY_MOST_S, _RETRY_FIRST_S * 2 ** min(attempt, _RETRY_DOUBLINGS))
-    return attempt + 1 if application.status == "DEPLOY_FAILED" and now >= due else attempt
+def _attempt(spec: ModelSpec, application: Application | None, now: float) -> Attempt:
+    """Return which attempt at starting this is: the one that runs, or the next where it began long enough ago.
+
+    A changed variable replaces replicas, so the time is only ever written with an attempt.
+    """
+    fresh = Attempt(0, int(now))
+    if application is None or application.status == "DELETING":
+        return fresh
+    if variables_of(application.config).get(MODEL_VARIABLE) != declared_text(spec):
+        return fresh
+    attempt = attempt_of(application.config)
+    if application.status != "DEPLOY_FAILED":
+        return attempt
+    wait_s = min(_RETRY_MOST_S, _RETRY_FIRST_S * 2 ** min(attempt.number, _RETRY_DOUBLINGS))
+    is_due = attempt.began is None or now >= attempt.began + wait_s
+    return Attempt(attempt.number + 1, int(now)) if is_due else attempt
 
 
 def changes(config: Mapping[str, Any], observed: Observed) -> set[str]:

@@ -278,11 +278,13 @@ class FakeRay(_Server):
         for name, entry in self.applications.items():
             if name not in wanted:
                 entry["status"] = "DELETING"
+        self.deployed_at += 1
         for name, entry in wanted.items():
             known = self.applications.get(name)
             if known is None or known["deployed_app_config"] != entry or known["status"] == "DELETING":
-                self.deployed_at += 1
                 self.applications[name] = _application(name, entry, self.deployed_at)
+            # Ray writes the time of a config to all that stands in it.
+            self.applications[name]["last_deployed_time_s"] = self.deployed_at
 
 
 def _application(name: str, config: dict[str, Any], deployed_at: float) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import json
 import resource
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import ray.serve.schema
 
-from serve.applications import application_name
+from serve.applications import application_name, variables_of
 from serve.cluster.controller import Controller, NotLeading, Store
 from serve.cluster.kube import ApiUnavailable
 from serve.cluster.leader import DURATION_S, Leadership
@@ -222,6 +223,32 @@ def test_a_model_that_does_not_start_is_degraded(around: World) -> None:
     conditions = {each["type"]: each["status"] for each in api.models["bad"]["status"]["conditions"]}
     assert conditions == {"Accepted": "True", "Ready": "False", "Progressing": "True", "Degraded": "True"}
     assert api.models["good"]["status"]["phase"] == "Ready"
+
+
+def test_a_model_that_does_not_start_is_tried_again_while_others_are_edited(around: World) -> None:
+    api, ray_api, _ = around
+    seconds = Clock()
+    one = Controller(
+        api.cluster(),
+        ray_api.target(),
+        Leads(),
+        gateway_replicas=1,
+        public_url="http://models",
+        now=lambda: NOW + datetime.timedelta(seconds=seconds()),
+    )
+    ray_api.broken = {application_name("bad")}
+    api.put("bad")
+    api.put("good")
+    for turned in range(20):
+        seconds.seconds += 5
+        ray_api.deployed_at = (NOW + datetime.timedelta(seconds=seconds())).timestamp()
+        api.put("good", description=str(turned))
+        turn(one, api)
+        ray_api.settle()
+    bad = ray_api.applications[application_name("bad")]
+    assert variables_of(bad["deployed_app_config"])["RH_ATTEMPT"] == "2"
+    good = ray_api.applications[application_name("good")]
+    assert "RH_ATTEMPT" not in variables_of(good["deployed_app_config"])
 
 
 # One that comes is held and told of twice, one that changes once, one that goes is let go; Events, and one config.

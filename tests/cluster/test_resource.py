@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.applications import application_name, serve_config, variables_of
+from serve.applications import Attempt, application_name, serve_config, variables_of
 from serve.cluster.crd import FINALIZER
 from serve.cluster.resource import Application, Declared, Observed, changes, desired, is_gone, read, shortage, status_of
 
@@ -168,7 +168,7 @@ def test_a_model_that_failed_is_tried_again_at_growing_intervals():
     waits = []
     config, deployed = config_of(model()), NOW
     for _ in range(8):
-        failed = running(config, status="DEPLOY_FAILED", running=0, deployed_at=deployed)
+        failed = running(config, status="DEPLOY_FAILED", running=0)
         wait = next(
             s for s in range(2000) if attempt(config_of(model(), observed=failed, now=deployed + s)) > attempt(config)
         )
@@ -179,10 +179,31 @@ def test_a_model_that_failed_is_tried_again_at_growing_intervals():
 
 
 def test_a_model_that_failed_for_weeks_is_tried_on():
-    entry = serve_config([read(model()).spec], attempts={"one": 5000})["applications"][1]
+    entry = serve_config([read(model()).spec], attempts={"one": Attempt(5000, int(NOW))})["applications"][1]
     failed = running({"applications": [entry]}, status="DEPLOY_FAILED", running=0)
     assert attempt(config_of(model(), observed=failed, now=NOW + 899)) == 5000
     assert attempt(config_of(model(), observed=failed, now=NOW + 900)) == 5001
+
+
+def test_edits_of_others_put_off_no_attempt():
+    failed = running(config_of(model()), status="DEPLOY_FAILED", running=0, deployed_at=NOW + 15)
+    assert attempt(config_of(model(), observed=failed, now=NOW + 14)) == 0
+    assert attempt(config_of(model(), observed=failed, now=NOW + 15)) == 1
+
+
+def test_what_says_not_when_it_began_is_left_alone_until_it_fails():
+    known = serve_config([read(model()).spec])
+    assert config_of(model(), observed=running(known), now=NOW + 1000) == known
+    failed = running(known, status="DEPLOY_FAILED", running=0)
+    assert attempt(config_of(model(), observed=failed, now=NOW)) == 1
+
+
+def test_one_that_is_declared_again_before_it_is_gone_begins_anew():
+    failed = running(config_of(model()), status="DEPLOY_FAILED", running=0)
+    leaving = running(config_of(model(), observed=failed, now=NOW + 100), status="DELETING")
+    again = config_of(model(), observed=leaving, now=NOW + 1000)
+    assert attempt(again) == 0
+    assert again == config_of(model(), now=NOW + 1000)
 
 
 def test_an_edit_begins_the_attempts_anew():

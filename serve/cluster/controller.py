@@ -16,7 +16,7 @@ from serve.applications import application_name
 from serve.cluster.crd import GROUP, KIND, VERSION
 from serve.cluster.kube import ApiUnavailable, Cluster, Conflict, Missing, Refused
 from serve.cluster.leader import RENEW_S, Leadership
-from serve.cluster.resource import Declared, Observed, changes, desired, is_gone, read, status_of
+from serve.cluster.resource import Declared, Observed, changes, desired, is_gone, read, status_of, status_without_ray
 from serve.cluster.targets import Target, TargetUnavailable
 from serve.errors import RoundhouseError
 
@@ -265,21 +265,42 @@ class Controller:
         began = time.perf_counter()
         try:
             declared = self.store.declared()
-            observed = self._target.observe()
+            observed = self._observe(declared)
             models = [model for model in declared if self._hold(model, observed)]
             config = desired(models, observed, gateway_replicas=self._gateway_replicas, now=self._now().timestamp())
             changed = changes(config, observed)
-            if changed:
-                self._may_write()
-                self._target.apply(config)
-                self.counters.applied += 1
-                logger.info("told Ray of %s", _some(changed))
+            refusal = self._apply(config, changed) if changed else None
             self._release(models, observed)
-            self._tell(declared, observed, changed)
+            self._tell(declared, observed, changed, refusal)
+            if refusal:
+                raise refusal
             return not changed and all(map(_is_settled, models))
         finally:
             self.counters.passes += 1
             self.counters.seconds += time.perf_counter() - began
+
+    def _observe(self, declared: list[Declared]) -> Observed:
+        try:
+            return self._target.observe()
+        except TargetUnavailable as error:
+            for model in self._as_decided_on(declared):
+                now = self._written_now()
+                self._tell_one(model, status_without_ray(model, str(error), now=now), now)
+            raise
+
+    def _apply(self, config: Mapping[str, Any], changed: set[str]) -> TargetUnavailable | None:
+        """Tell Ray; return why that was not possible."""
+        self._may_write()
+        try:
+            self._target.apply(config)
+        except TargetUnavailable as error:
+            return error
+        self.counters.applied += 1
+        logger.info("told Ray of %s", _some(changed))
+        return None
+
+    def _written_now(self) -> str:
+        return self._now().strftime("%Y-%m-%dT%H:%M:%SZ")
 
     def _may_write(self) -> None:
         if not self._leadership.holds:
@@ -298,19 +319,27 @@ class Controller:
                 # The answer is not kept: the Model may be gone by now, and its going known already.
                 self._write(model, partial(self._cluster.release, model.name, version=model.version), keep=False)
 
-    def _tell(self, declared: list[Declared], observed: Observed, changed: set[str]) -> None:
-        now = self._now().strftime("%Y-%m-%dT%H:%M:%SZ")
+    def _tell(
+        self, declared: list[Declared], observed: Observed, changed: set[str], refusal: TargetUnavailable | None
+    ) -> None:
+        now = self._written_now()
         phases: dict[str, int] = {}
         for model in self._as_decided_on(declared):
             status = status_of(model, observed, public_url=self._public_url, now=now)
             phases[status["phase"]] = phases.get(status["phase"], 0) + 1
-            # What Ray has just been told of it, it has said nothing about yet.
-            if status == model.status or application_name(model.name) in changed & observed.applications.keys():
-                continue
-            if self._write(model, partial(self._cluster.write_status, model.name, status, version=model.version)):
-                self.counters.statuses += 1
-                self._emit(model, status, now)
+            application = application_name(model.name)
+            if refusal and application in changed:
+                status = status_without_ray(model, str(refusal), now=now)
+            elif application in changed & observed.applications.keys():
+                continue  # of what Ray has just been told it has said nothing yet
+            self._tell_one(model, status, now)
         self.counters.phases = phases
+
+    def _tell_one(self, model: Declared, status: dict[str, Any], now: str) -> None:
+        write = partial(self._cluster.write_status, model.name, status, version=model.version)
+        if status != model.status and self._write(model, write):
+            self.counters.statuses += 1
+            self._emit(model, status, now)
 
     def _as_decided_on(self, declared: list[Declared]) -> list[Declared]:
         """Return the Models at their newest versions, without those whose declaration is no longer the pass's."""

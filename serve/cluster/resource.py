@@ -248,6 +248,23 @@ def status_of(model: Declared, observed: Observed, *, public_url: str, now: str)
     }
 
 
+def status_without_ray(model: Declared, sentence: str, *, now: str) -> dict[str, Any]:
+    """Return the status that a Model should have while Ray cannot be asked: what is known without, the rest as it was.
+
+    What runs goes on without Ray's head, so that nothing is said of whether a model answers.
+
+    Args:
+        sentence: Why Ray cannot be asked.
+        now: As in `status_of`.
+    """
+    known = [_accepted(model), _condition("Progressing", None, "RayUnavailable", sentence)]
+    conditions = {each["type"]: each for each in model.status.get("conditions", ())}
+    conditions |= {each["type"]: _dated(each, model, now) for each in known}
+    phase = {"phase": "Queued", "message": sentence} if model.spec else {"phase": "Failed", "message": model.problem}
+    before = model.status if "observedGeneration" in model.status else phase
+    return {**before, "conditions": list(conditions.values())}
+
+
 def _phase(model: Declared, application: Application | None, observed: Observed) -> tuple[str, str]:
     if model.deleting:
         return "Draining", "what is in flight is finished" if application else "its application is gone"
@@ -324,8 +341,8 @@ def _amount(name: str, amount: float) -> str:
     return f"{round(amount, 4):g} {name}{'' if amount == 1 else 's'}"
 
 
-def _condition(kind: str, holds: bool, reason: str, message: str) -> dict[str, Any]:
-    return {"type": kind, "status": str(bool(holds)), "reason": reason, "message": message}
+def _condition(kind: str, holds: bool | None, reason: str, message: str) -> dict[str, Any]:
+    return {"type": kind, "status": "Unknown" if holds is None else str(holds), "reason": reason, "message": message}
 
 
 def _accepted(model: Declared) -> dict[str, Any]:

@@ -229,6 +229,7 @@ class FakeRay(_Server):
         self.applications: dict[str, dict[str, Any]] = {}
         self.configs: list[dict[str, Any]] = []
         self.broken: set[str] = set()
+        self.takes_configs = True
         self.when_asked: Callable[[], None] = lambda: None
         self.deployed_at = NOW.timestamp()
 
@@ -254,6 +255,8 @@ class FakeRay(_Server):
         if path.startswith("/api/v0/nodes"):
             node = {"node_id": "n1", "state": "ALIVE", "resources_total": {"CPU": 4.0}}
             return 200, {"data": {"result": {"result": [node]}}}
+        if method == "PUT" and not self.takes_configs:
+            return 400, {"message": "not this one"}
         if method == "PUT":
             self._deploy(body)
             return 200, {}

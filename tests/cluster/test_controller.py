@@ -334,6 +334,59 @@ def test_a_pass_that_ends_as_nobody_foresaw_is_told_and_followed_by_another(
     assert "KeyError" in told.getMessage()
 
 
+def conditions_of(api: FakeApi, name: str) -> dict[str, tuple[str, str]]:
+    return {each["type"]: (each["status"], each["reason"]) for each in api.models[name]["status"]["conditions"]}
+
+
+def test_while_ray_is_away_what_is_known_without_it_is_told(around: World) -> None:
+    api, ray_api, faults = around
+    one = controller(api, ray_api)
+    for name in ("stays", "spoilt"):
+        api.put(name)
+    converge(one, api, ray_api)
+    faults.away = {"ray"}
+    api.put("spoilt", task="nonsense")
+    api.put("wrong", task="nonsense")
+    api.put("new")
+    with pytest.raises(TargetUnavailable):
+        turn(one, api)
+    away = ("Unknown", "RayUnavailable")
+    well = {"Accepted": ("True", "Valid"), "Ready": ("True", "Serving"), "Degraded": ("False", "AsExpected")}
+    assert conditions_of(api, "stays") == well | {"Progressing": away}
+    assert conditions_of(api, "spoilt") == well | {"Accepted": ("False", "InvalidSpec"), "Progressing": away}
+    assert conditions_of(api, "wrong") == {"Accepted": ("False", "InvalidSpec"), "Progressing": away}
+    assert conditions_of(api, "new") == {"Accepted": ("True", "Valid"), "Progressing": away}
+    stays, spoilt, wrong, new = (api.models[name]["status"] for name in ("stays", "spoilt", "wrong", "new"))
+    assert (stays["phase"], spoilt["phase"], spoilt["observedGeneration"]) == ("Ready", "Ready", 1)
+    assert (wrong["phase"], "task" in wrong["message"]) == ("Failed", True)
+    assert (new["phase"], "does not answer" in new["message"]) == ("Queued", True)
+    written = len(api.writes())
+    with pytest.raises(TargetUnavailable):
+        turn(one, api)
+    assert len(api.writes()) == written
+    faults.away = set()
+    converge(one, api, ray_api)
+    assert conditions_of(api, "new") == conditions_of(api, "stays") == well | {"Progressing": ("False", "Complete")}
+
+
+def test_a_config_that_ray_refuses_is_told_to_those_that_it_would_have_changed(around: World) -> None:
+    api, ray_api, _ = around
+    one = controller(api, ray_api)
+    api.put("stays")
+    api.put("lost")
+    converge(one, api, ray_api)
+    ray_api.takes_configs = False
+    api.put("new")
+    (deployment,) = ray_api.applications[application_name("lost")]["deployments"].values()
+    deployment["replicas"] = []
+    with pytest.raises(TargetUnavailable, match="answers 400 to PUT"):
+        turn(one, api)
+    assert conditions_of(api, "new")["Progressing"] == ("Unknown", "RayUnavailable")
+    assert "not this one" in api.models["new"]["status"]["message"]
+    assert conditions_of(api, "stays")["Progressing"] == ("False", "Complete")
+    assert conditions_of(api, "lost")["Ready"][0] == "False"
+
+
 def test_who_does_not_lead_writes_nothing(around: World) -> None:
     api, ray_api, _ = around
     leads = Leads()

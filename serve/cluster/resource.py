@@ -369,7 +369,8 @@ def _progressing(
     if _fails(model, application, observed):
         return _condition("Progressing", True, "BackOff", "It is tried again, at growing intervals.")
     if application.waiting:
-        return _condition("Progressing", True, "WaitingForResources", message or "A replica waits for a place.")
+        missing = shortage(model, observed)
+        return _condition("Progressing", True, "WaitingForResources", missing or "A replica waits for a place.")
     if application.status == "DEPLOYING" or application.running < application.wanted:
         return _condition("Progressing", True, "Starting", message or "A replica is starting.")
     return _condition("Progressing", False, "Complete", "Every replica runs what is declared.")

@@ -281,6 +281,14 @@ def test_what_does_not_fit_names_the_missing_amount():
     assert conditions(declared, observed)["Progressing"] == ("True", "WaitingForResources")
 
 
+def test_what_is_missing_for_one_more_replica_is_told_while_others_answer():
+    observed = replace(app(status="DEPLOYING", wanted=2, running=1, waiting=1), nodes={"a": {"CPU": 4.0}})
+    found = status(read(model(resources={"gpus": 1})), observed)
+    progressing = next(each for each in found["conditions"] if each["type"] == "Progressing")
+    assert (found["phase"], progressing["reason"]) == ("Ready", "WaitingForResources")
+    assert "needs 1 GPU, 0 GPUs free" in progressing["message"]
+
+
 def test_what_fits_is_no_shortage():
     observed = Observed(nodes={"a": {"CPU": 4.0, "GPU": 1.0, "memory": 2.0**33}})
     assert shortage(read(model(resources={"gpus": 0.5, "memory": "4Gi"})), observed) == ""

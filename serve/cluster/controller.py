@@ -24,6 +24,8 @@ logger = logging.getLogger("roundhouse.controller")
 
 _BUSY_S = 2.0
 _SETTLED_S = 15.0
+# What a watch has lost is found by the next list.
+_LIST_S = 600.0
 _LONGEST_BACKOFF_S = 60.0
 _TOLD = {"Accepted": "False", "Degraded": "True", "Ready": "True"}
 
@@ -37,32 +39,56 @@ class NotLeading(Exception):
 
 
 class Store:
-    """The Models as the watch has told them, never an older one in place of a newer."""
+    """The Models as lists and the watch have told them, never an older one in place of a newer."""
 
     def __init__(self) -> None:
         self._models: dict[str, dict[str, Any]] = {}
+        # A Model's uid -> the version at which it was gone: it never comes back, though older news of it may.
+        self._gone: dict[str, str] = {}
+        self._listed = ""
         self._read: dict[tuple[str, int, bool], Declared] = {}
         self._lock = threading.Lock()
         self.synced = threading.Event()
         self.changed = threading.Event()
 
-    def replace(self, models: list[dict[str, Any]]) -> None:
-        """Take a whole list."""
+    def replace(self, models: list[dict[str, Any]], version: str) -> None:
+        """Take a whole list, but for what is known at a newer version than its own."""
         with self._lock:
-            self._models = {model["metadata"]["name"]: model for model in models}
+            if _is_older(version, self._listed):
+                # Of an API server that was restored from a backup each list is older, until this process starts anew.
+                logger.warning("the Models listed at version %s are left, as %s is known", version, self._listed)
+            else:
+                self._take(models, version)
         self.synced.set()
         self.changed.set()
 
+    def _take(self, models: list[dict[str, Any]], version: str) -> None:
+        listed = {model["metadata"]["name"]: model for model in models if model["metadata"]["uid"] not in self._gone}
+        for name, known in self._models.items():
+            at = listed[name]["metadata"]["resourceVersion"] if name in listed else version
+            if _is_older(at, known["metadata"]["resourceVersion"]):
+                listed[name] = known
+        self._gone = {uid: at for uid, at in self._gone.items() if not _is_older(at, self._listed)}
+        stays = {model["metadata"]["uid"] for model in listed.values()}
+        went = {known["metadata"]["uid"] for known in self._models.values()} - stays
+        self._gone |= dict.fromkeys(went, version)
+        self._models, self._listed = listed, version
+
     def put(self, model: Mapping[str, Any], *, gone: bool = False) -> None:
         """Take one change."""
-        name = model["metadata"]["name"]
+        metadata = model["metadata"]
+        name, uid, version = metadata["name"], metadata["uid"], metadata["resourceVersion"]
         with self._lock:
-            known = self._models.get(name)
-            if known is not None and known["metadata"]["uid"] == model["metadata"]["uid"] and _older(model, known):
+            known = self._models.get(name, model)["metadata"]
+            if uid in self._gone or (known["uid"] == uid and _is_older(version, known["resourceVersion"])):
                 return
             if gone:
-                self._models.pop(name, None)
+                self._gone[uid] = version
+                if known["uid"] == uid:
+                    self._models.pop(name, None)
             else:
+                if known["uid"] != uid:
+                    self._gone[known["uid"]] = version
                 self._models[name] = dict(model)
         self.changed.set()
 
@@ -82,8 +108,7 @@ class Store:
         return found
 
 
-def _older(model: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
-    one, other = model["metadata"]["resourceVersion"], known["metadata"]["resourceVersion"]
+def _is_older(one: str, other: str) -> bool:
     return one.isdigit() and other.isdigit() and int(one) < int(other)
 
 
@@ -166,8 +191,8 @@ class Controller:
         while not self._stop.is_set():
             self.counters.last_turn = self._clock()
             wait_s = _BUSY_S
+            self.store.changed.clear()
             if self.store.synced.is_set() and self._leadership.holds:
-                self.store.changed.clear()
                 try:
                     settled = self.reconcile()
                     wait_s, failures = (_SETTLED_S if settled else _BUSY_S), 0
@@ -221,16 +246,16 @@ class Controller:
         while not self._stop.is_set():
             try:
                 models, version = self._cluster.list_models()
-                self.store.replace(models)
-                self._follow(version)
+                self.store.replace(models, version)
+                self._follow(version, until=self._clock() + _LIST_S)
             except Conflict:
                 self._stop.wait(random.uniform(0.1, 0.5))
             except (ApiUnavailable, Missing) as error:
                 logger.warning("%s; listing again", error)
                 self._stop.wait(random.uniform(1.0, 3.0))
 
-    def _follow(self, version: str) -> None:
-        while not self._stop.is_set():
+    def _follow(self, version: str, *, until: float) -> None:
+        while not self._stop.is_set() and self._clock() < until:
             for change in self._cluster.watch_models(version):
                 version = change.model["metadata"]["resourceVersion"]
                 if change.kind != "BOOKMARK":

@@ -17,7 +17,10 @@ from serve.cluster.crd import FINALIZER, GROUP, KIND, PLURAL, VERSION
 from serve.errors import RoundhouseError
 
 MANAGER = "roundhouse-controller"
-_WATCH_S = 300
+# How long the API server goes on with a watch, and after how long without a word no word is expected any more.
+_WATCH_S = 60
+_WATCH_SILENCE_S = 70.0
+_LOG_SILENCE_S = 330.0
 _CONNECT_S = 5.0
 _ANSWER_S = 10.0
 # A list of hundreds of objects, or the removal of as many, takes the API server longer.
@@ -100,8 +103,11 @@ class Cluster:
             if not more:
                 return items, page["metadata"]["resourceVersion"]
 
-    def watch_models(self, version: str) -> Iterator[Change]:
+    def watch_models(self, version: str, *, silence_s: float = _WATCH_SILENCE_S) -> Iterator[Change]:
         """Yield changes since a version, until the API server ends the watch.
+
+        Args:
+            silence_s: After how long without a word the connection counts as broken.
 
         Raises:
             Conflict: The version is too old; list again.
@@ -112,7 +118,7 @@ class Cluster:
             "allowWatchBookmarks": "true",
             "timeoutSeconds": str(_WATCH_S),
         }
-        for line in self._stream(self._objects, query):
+        for line in self._stream(self._objects, query, silence_s=silence_s):
             event = _parsed(line)
             if event["type"] != "ERROR":
                 yield Change(event["type"], event["object"])
@@ -158,7 +164,8 @@ class Cluster:
     def log_of(self, pod: str, *, lines: int, follow: bool) -> Iterator[str]:
         """Yield the last lines of a pod's log, and with `follow` those that come; raises Missing."""
         query = {"tailLines": str(lines), **({"follow": "true"} if follow else {})}
-        for line in self._stream(f"/api/v1/namespaces/{self._namespace}/pods/{pod}/log", query):
+        path = f"/api/v1/namespaces/{self._namespace}/pods/{pod}/log"
+        for line in self._stream(path, query, silence_s=_LOG_SILENCE_S):
             yield line.decode(errors="replace")
 
     def delete_models(self) -> None:
@@ -211,9 +218,9 @@ class Cluster:
             raise ApiUnavailable(f"the API server does not answer {method} {path} with JSON") from error
         return found
 
-    def _stream(self, path: str, query: Mapping[str, str]) -> Iterator[bytes]:
+    def _stream(self, path: str, query: Mapping[str, str], *, silence_s: float) -> Iterator[bytes]:
         """Yield the lines of an answer as they come."""
-        response = self._send("GET", path, query=query, body=None, kind="application/json", read_s=_WATCH_S + 30.0)
+        response = self._send("GET", path, query=query, body=None, kind="application/json", read_s=silence_s)
         rest = b""
         try:
             for part in response.response.stream(2**16):

@@ -183,6 +183,10 @@ class FakeApi(_Server):
             return 201, body
         return 404, {"message": f"no {path}"}
 
+    def forget_changes(self) -> None:
+        """Have the watch tell nothing of what was before."""
+        self._changes.clear()
+
     def _watched(self, version: int) -> bytes:
         """Return what has changed since a version; a watch ends there, and the next one tells of the rest."""
         self.when_watched()

@@ -6,8 +6,10 @@ import copy
 import datetime
 import json
 import resource
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from urllib.parse import parse_qs
 
 import pytest
 import ray.serve.schema
@@ -60,15 +62,14 @@ def around() -> Iterator[World]:
         yield found
 
 
-def controller(api: FakeApi, ray: FakeRay, leads: Any = None) -> Controller:
-    return Controller(
-        api.cluster(), ray.target(), leads or Leads(), gateway_replicas=1, public_url="http://models", now=lambda: NOW
-    )
+def controller(api: FakeApi, ray: FakeRay, leads: Any = None, **how: Any) -> Controller:
+    how = {"gateway_replicas": 1, "public_url": "http://models", "now": lambda: NOW} | how
+    return Controller(api.cluster(), ray.target(), leads or Leads(), **how)
 
 
 def turn(one: Controller, api: FakeApi) -> bool:
     """Do what the watch and the loop do in a moment: take over what there is, and act on it once."""
-    one.store.replace(api.cluster().list_models()[0])
+    one.store.replace(*api.cluster().list_models())
     return one.reconcile()
 
 
@@ -309,7 +310,7 @@ def test_a_server_that_is_away_is_an_error_and_then_goes_on(around: World, serve
     api, ray_api, faults = around
     one = controller(api, ray_api)
     api.put("one")
-    one.store.replace(api.cluster().list_models()[0])
+    one.store.replace(*api.cluster().list_models())
     faults.away = {server}
     with pytest.raises((ApiUnavailable, TargetUnavailable)):
         one.reconcile()
@@ -424,11 +425,103 @@ def test_of_two_controllers_one_writes_at_a_time(around: World) -> None:
     assert len(ray_api.configs) == 1
 
 
-def test_the_store_never_goes_back_in_time() -> None:
-    def model(version: int, uid: str = "u", **more: Any) -> dict[str, Any]:
-        metadata = {"name": "m", "uid": uid, "resourceVersion": str(version), "generation": version}
-        return {"metadata": metadata, "spec": {"task": "voice-activity", "source": "package:silero_vad", **more}}
+def model(version: int, uid: str = "u", **more: Any) -> dict[str, Any]:
+    metadata = {"name": "m", "uid": uid, "resourceVersion": str(version), "generation": version}
+    return {"metadata": metadata, "spec": {"task": "voice-activity", "source": "package:silero_vad", **more}}
 
+
+def versions(store: Store) -> list[tuple[str, str]]:
+    return [(declared.uid, declared.version) for declared in store.declared()]
+
+
+def test_a_model_that_has_gone_does_not_come_back() -> None:
+    store = Store()
+    store.put(model(10))
+    store.put(model(11), gone=True)
+    store.put(model(10))
+    assert versions(store) == []
+    store.replace([model(10)], "12")
+    assert versions(store) == []
+    store.put(model(13, uid="next"))
+    store.put(model(10))
+    store.put(model(11), gone=True)
+    assert versions(store) == [("next", "13")]
+    store.replace([], "14")
+    store.put(model(13, uid="next"))
+    assert versions(store) == []
+
+
+def test_an_older_list_takes_nothing_back() -> None:
+    store = Store()
+    store.replace([model(10)], "20")
+    store.put(model(30))
+    store.replace([model(10)], "25")
+    assert versions(store) == [("u", "30")]
+    store.replace([], "29")
+    assert versions(store) == [("u", "30")], "it was written after that list"
+    store.replace([], "31")
+    store.replace([model(30)], "30")
+    assert versions(store) == []
+
+
+def test_what_a_watch_has_lost_is_found_by_the_next_list(around: World) -> None:
+    api, ray_api, _ = around
+    clock = Clock()
+    one = controller(api, ray_api, clock=clock)
+    asked = []
+
+    def lose() -> None:
+        asked.append(clock.seconds)
+        clock.seconds += 60
+        if len(asked) == 2:
+            api.put("lost")
+            api.forget_changes()
+        if one.store.declared() or len(asked) == 30:
+            one.stop()
+
+    api.when_watched = lose
+    one.watch()
+    assert [declared.name for declared in one.store.declared()] == ["lost"]
+
+
+def test_a_connection_that_no_longer_brings_a_watch_is_left(around: World) -> None:
+    api, _, _ = around
+    held = threading.Event()
+    api.when_watched = held.wait
+    with pytest.raises(ApiUnavailable, match="timed out"):
+        next(api.cluster().watch_models("1", silence_s=0.05))
+    held.set()
+    (_, path) = api.asked[-1]
+    assert int(parse_qs(path)["timeoutSeconds"][0]) <= 60, "nor does a longer silence mean that nothing has changed"
+
+
+class Turns(threading.Event):
+    """What a loop waits for; it notes what it found, and stops the loop when it has seen enough."""
+
+    def __init__(self, one: Controller) -> None:
+        super().__init__()
+        self._one = one
+        self.found: list[bool] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if self._one.store.synced.is_set():
+            self.found.append(self.is_set())
+            if not self.is_set() or len(self.found) == 5:
+                self._one.stop()
+        return self.is_set()
+
+
+def test_who_does_not_lead_waits_until_something_changes(around: World) -> None:
+    api, ray_api, _ = around
+    leads = Leads()
+    leads.holds = False
+    one = controller(api, ray_api, leads)
+    one.store.changed = turns = Turns(one)
+    one.run()
+    assert turns.found[-1] is False
+
+
+def test_the_store_never_goes_back_in_time() -> None:
     store = Store()
     store.put(model(10, description="new"))
     store.put(model(9, description="old"))

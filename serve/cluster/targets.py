@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +25,9 @@ _TIMEOUT_S = 30.0
 _SEND_S = WRITE_S / 4
 _WRITE_TIMEOUT = httpx.Timeout(WRITE_S / 2, connect=_SEND_S, write=_SEND_S, pool=_SEND_S)
 _PIECE = 2**16
+# etcd takes 1.5 MiB at once; the rest of a RayService has room beside it.
+_LARGEST_CONFIG = 1_572_864 - 2**17
+_NOT_IN_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 _PLACED = ANSWERING | {"STARTING", "STOPPING"}
 
 
@@ -123,12 +127,13 @@ class RayService:
         self._ray = functools.lru_cache(maxsize=4)(ray)
         self._get = get
         self._patch = patch
+        self._read: tuple[str, dict[str, Mapping[str, Any]]] = ("", {})
 
     def observe(self) -> Observed:
         """Return what runs, beside the config that the object holds; raises TargetUnavailable."""
         service = self._call(self._get)
         with _of_form("the RayService holds its serveConfigV2"):
-            configs = _configs(service.get("spec", {}).get("serveConfigV2", ""))
+            configs = self._configs(service.get("spec", {}).get("serveConfigV2", ""))
         told = self._ray(_cluster_of(service)).observe()
         # KubeRay passes a config on some seconds after it is written: until then Ray tells of the one before.
         under_way = changes({"applications": list(configs.values())}, told)
@@ -141,8 +146,19 @@ class RayService:
 
     def apply(self, config: Mapping[str, Any]) -> None:
         """Write the config; KubeRay puts it in place."""
-        text = yaml.safe_dump(dict(config), sort_keys=True)
+        text = _written(config)
+        size = len(json.dumps(text))
+        if size > _LARGEST_CONFIG:
+            raise TargetUnavailable(
+                f"the Serve config takes {size} bytes of the RayService, at most {_LARGEST_CONFIG}, which is what etcd "
+                "keeps of an object: declare fewer Models, or smaller ones"
+            )
         self._call(lambda: self._patch({"spec": {"serveConfigV2": text}}))
+
+    def _configs(self, text: str) -> dict[str, Mapping[str, Any]]:
+        if text != self._read[0]:
+            self._read = (text, {entry["name"]: entry for entry in _parsed(text).get("applications", ())})
+        return self._read[1]
 
     def _call(self, ask: Callable[[], Any]) -> Any:
         try:
@@ -170,8 +186,20 @@ def _of_form(what: str) -> Iterator[None]:
         raise TargetUnavailable(f"{what} in a form that is not known: {type(error).__name__}: {first}") from error
 
 
-def _configs(text: str) -> dict[str, Mapping[str, Any]]:
-    return {entry["name"]: entry for entry in (yaml.safe_load(text) or {}).get("applications", ())}
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return yaml.safe_load(text) or {}
+
+
+def _written(config: Mapping[str, Any]) -> str:
+    """Return a config as JSON that is YAML as well: the pairs of escapes that JSON has for a character are not.
+
+    YAML itself costs a hundred times as much, at each pass.
+    """
+    text = json.dumps(config, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return _NOT_IN_YAML.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def application(name: str, entry: Mapping[str, Any]) -> Application:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,33 @@ def test_a_rayservice_that_holds_another_form_is_a_sentence(ray: FakeRay, text: 
     service.object["spec"]["serveConfigV2"] = text
     with pytest.raises(TargetUnavailable, match="holds its serveConfigV2 in a form that is not known"):
         service.target().observe()
+
+
+def test_what_a_rayservice_is_told_is_json_and_the_same_as_yaml(ray: FakeRay) -> None:
+    service = Service(ray)
+    target = service.target()
+    odd = "\U0001f600 \x85 \x7f \u2028 \ufeff \\ \" ' \n\t é: - #"
+    wanted = serve_config([ModelSpec(name="one", task="voice-activity", source="package:silero_vad", description=odd)])
+    target.apply(wanted)
+    text = service.object["spec"]["serveConfigV2"]
+    assert json.loads(text) == yaml.safe_load(text) == wanted
+    assert changes(wanted, target.observe()) == set()
+
+
+def test_a_rayservice_that_holds_yaml_is_read(ray: FakeRay) -> None:
+    service = Service(ray)
+    service.object["spec"]["serveConfigV2"] = yaml.safe_dump(config())
+    assert changes(config(), service.target().observe()) == set()
+
+
+def test_a_config_that_etcd_would_not_keep_is_refused_with_a_sentence(ray: FakeRay) -> None:
+    service = Service(ray)
+    source = "package:silero_vad"
+    models = [ModelSpec(name=f"m{number}", task="voice-activity", source=source) for number in range(1500)]
+    with pytest.raises(TargetUnavailable, match="bytes of the RayService, at most"):
+        service.target().apply(serve_config(models))
+    assert service.object["spec"] == {}
+    service.target().apply(serve_config(models[:1000]))
 
 
 def test_a_rayservice_that_another_wrote_is_tried_again(ray: FakeRay) -> None:

@@ -61,7 +61,8 @@ class Leadership:
         began = self._clock()
         try:
             lease = self._cluster.get_lease(self._name)
-            if not self._may_take(lease, began):
+            # Not before it was answered: what is seen may have been written just then.
+            if not self._may_take(lease, self._clock()):
                 self._held_until = float("-inf")
                 return False
             self._cluster.put_lease(self._name, self._spec(lease.get("spec", {})), metadata=lease["metadata"])

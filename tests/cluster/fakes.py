@@ -54,6 +54,7 @@ class _Server:
         self.asked: list[tuple[str, str]] = []
         # Path -> status and body that are answered there instead.
         self.instead: dict[str, tuple[int, bytes]] = {}
+        self.before_each: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
         outer = self
 
@@ -66,6 +67,7 @@ class _Server:
                 body = self.rfile.read(length)
                 if len(body) < length:
                     return
+                outer.before_each()
                 with outer._lock:
                     is_write = self.command != "GET" and "/repository/" not in self.path
                     if not outer.faults.goes_through(outer.name, is_write=is_write):

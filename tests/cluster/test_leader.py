@@ -26,6 +26,7 @@ def running() -> Iterator[FakeApi]:
 @pytest.fixture
 def api(running: FakeApi) -> FakeApi:
     running.faults.away = set()
+    running.before_each = lambda: None
     running.leases = {"lease": {"metadata": {"name": "lease", "resourceVersion": "1"}}}
     return running
 
@@ -94,6 +95,24 @@ def test_without_a_lease_nobody_leads(api: FakeApi) -> None:
     assert not first.holds
 
 
+def test_a_slow_look_at_the_lease_brings_its_end_no_nearer(api: FakeApi) -> None:
+    clock = Clock()
+    first, second = leader(api, "first", clock), leader(api, "second", clock)
+    first.renew()
+
+    def renewed_meanwhile() -> None:
+        api.before_each = lambda: None
+        clock.seconds = WRITE_S
+        first.renew()
+
+    api.before_each = renewed_meanwhile
+    assert not second.renew()
+    clock.seconds = WRITE_S + DURATION_S
+    assert not second.renew()
+    clock.seconds += 1
+    assert second.renew()
+
+
 TURNS = st.lists(
     st.tuples(st.sampled_from("abc"), st.sampled_from(["renew", "give up", "cut off"]), st.integers(0, 60))
 )
@@ -120,12 +139,17 @@ def test_two_never_hold_it(api: FakeApi, turns: list[tuple[str, str, int]]) -> N
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(turns=TURNS)
-def test_no_write_ends_after_anothers_first(api: FakeApi, turns: list[tuple[str, str, int]]) -> None:
+@given(turns=TURNS, each_takes_s=st.integers(0, int(WRITE_S)))
+def test_no_write_ends_after_anothers_first(api: FakeApi, turns: list[tuple[str, str, int]], each_takes_s: int) -> None:
     api.leases = {"lease": {"metadata": {"name": "lease", "resourceVersion": "1"}}}
     clock = Clock()
     leaders = {identity: leader(api, identity, clock) for identity in "abc"}
     ends = dict.fromkeys(leaders, float("-inf"))
+
+    def take_time() -> None:
+        clock.seconds += each_takes_s
+
+    api.before_each = take_time
     for identity, action, seconds in turns:
         api.faults.away = {"api"} if action == "cut off" else set()
         with contextlib.suppress(ApiUnavailable):

@@ -312,17 +312,17 @@ def test_gpu_workers_ask_for_their_device_and_tell_ray_of_it():
     workers = {each["metadata"]["name"]: each["spec"]["template"]["spec"] for each in of("gpu", "Deployment")}
     assert "rh-roundhouse-worker-cpu" not in workers
     [a100] = workers["rh-roundhouse-worker-a100"]["containers"]
-    assert a100["resources"]["limits"]["nvidia.com/gpu"] == 4
+    assert a100["resources"]["limits"]["nvidia.com/gpu"] == "4"
     assert "--num-gpus=4" in a100["args"][0]
     assert '{"accelerator_type:A100": 1}' in a100["args"][0]
     assert workers["rh-roundhouse-worker-a100"]["runtimeClassName"] == "nvidia"
-    assert workers["rh-roundhouse-worker-mig"]["containers"][0]["resources"]["limits"]["nvidia.com/mig-3g.40gb"] == 1
+    assert workers["rh-roundhouse-worker-mig"]["containers"][0]["resources"]["limits"]["nvidia.com/mig-3g.40gb"] == "1"
 
 
 @pytest.mark.parametrize("provider", ["builtin", "kuberay"])
 def test_gpu_workers_with_resources_of_their_own_ask_for_their_device_too(provider):
     own = {"requests": {"cpu": "100m", "memory": "1Gi"}, "limits": {"memory": "8Gi"}}
-    same = own | {"limits": own["limits"] | {"nvidia.com/gpu": 2}}
+    same = own | {"limits": own["limits"] | {"nvidia.com/gpu": "2"}}
     bare = {"requests": own["requests"]}
     part = {"gpus": 1, "gpuResource": "nvidia.com/mig-3g.40gb", "resources": own}
     groups = {"bare": {"gpus": 2, "resources": bare}, "own": {"gpus": 2, "resources": own}}
@@ -334,8 +334,8 @@ def test_gpu_workers_with_resources_of_their_own_ask_for_their_device_too(provid
         pod.owner.rpartition("worker-")[2].rpartition("/")[2]: pod.spec["containers"][0]["resources"] for pod in made
     }
     assert found["own"] == found["same"] == same
-    assert found["bare"] == {"requests": bare["requests"], "limits": {"nvidia.com/gpu": 2}}
-    assert found["part"]["limits"] == {"memory": "8Gi", "nvidia.com/mig-3g.40gb": 1}
+    assert found["bare"] == {"requests": bare["requests"], "limits": {"nvidia.com/gpu": "2"}}
+    assert found["part"]["limits"] == {"memory": "8Gi", "nvidia.com/mig-3g.40gb": "1"}
     assert found["none"] == own
 
 

@@ -169,7 +169,9 @@ class Site:
 
     @property
     def head_service(self) -> str:
-        return f"{NAME}-head-svc" if self.provider == "kuberay" else f"{NAME}-head"
+        if self.provider == "builtin":
+            return f"{NAME}-head"
+        return f"{self.get('rayservices.ray.io', NAME)['status']['activeServiceStatus']['rayClusterName']}-head-svc"
 
     def token(self) -> str:
         secret = self.get("secret", f"{NAME}-ray-token")

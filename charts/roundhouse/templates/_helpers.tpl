@@ -196,13 +196,16 @@ The shell's words that run Ray until a signal ends it. Takes (dict "root" "node"
 and hands over the whole command.
 */}}
 {{- define "roundhouse.rayStart" -}}
+# The first process of a container ignores a signal that it does not handle, and Ray's handles none. When it ends, all
+# others are killed, so it waits until Ray has ended.
+trap 'kill -TERM $!; wait $!; exit $?' TERM INT
 roundhouse follow-logs &
 {{ if eq .root.Values.ray.provider "kuberay" -}}
 eval "exec $KUBERAY_GEN_RAY_START_CMD" &
 {{- else -}}
 ray start {{ .node }}{{ range $key, $value := fromYaml .params }} --{{ $key }}={{ $value }}{{ end }} --disable-usage-stats --block &
 {{- end }}
-{{ include "roundhouse.endOnSignal" . | trim }}
+wait $!
 {{- end }}
 
 {{/* Where a pod of the cluster sends requests to models. */}}
@@ -297,14 +300,4 @@ priorityClassName: {{ . }}
 {{- $bytes = mulf $bytes (ternary 1024 1000 (hasSuffix "i" $suffix)) }}
 {{- end }}
 {{- int64 $bytes }}
-{{- end }}
-
-{{/*
-The first process of a container ignores a signal that it does not handle, and Ray's handles none. When it ends, all others
-are killed, so it waits until Ray has ended.
-*/}}
-{{- define "roundhouse.endOnSignal" -}}
-child=$!
-trap 'kill -TERM $child; wait $child; exit $?' TERM INT
-wait $child
 {{- end }}

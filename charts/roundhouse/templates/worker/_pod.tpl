@@ -1,9 +1,9 @@
 {{/* What a worker's container asks for. Its GPUs are always those that Ray counts. Takes a group of workers. */}}
 {{- define "roundhouse.workerResources" -}}
-{{- $made := dict "requests" (dict "cpu" .cpus "memory" .memory) "limits" (dict "memory" .memory) }}
+{{- $made := dict "requests" (dict "cpu" (toString .cpus) "memory" .memory) "limits" (dict "memory" .memory) }}
 {{- $resources := deepCopy (default $made .resources) }}
 {{- if .gpus }}
-{{- $_ := set $resources "limits" (merge (default dict $resources.limits) (dict .gpuResource .gpus)) }}
+{{- $_ := set $resources "limits" (merge (default dict $resources.limits) (dict .gpuResource (toString .gpus))) }}
 {{- end }}
 {{- toYaml $resources }}
 {{- end }}

@@ -81,10 +81,14 @@ class WorkerGroup(Placement):
     gpus: Annotated[int, Field(ge=0, le=64)] = Field(0, description="GPUs of one.")
     gpu_resource: str = Field("nvidia.com/gpu", description="Resource of the device plugin.")
     accelerator_type: str = Field(
-        "", pattern=r"^[A-Za-z0-9._-]*$", description="Ray's name of the GPU, such as `A100` or `L4`."
+        "",
+        pattern=r"^[A-Za-z0-9._-]*$",
+        description="Ray's name of the GPU, such as `A100` or `L4`: Ray's label of the node, for Ray's lists.",
     )
     resources: Mapping = Field(
-        {}, description="Requests and limits in place of those made of cpus, memory and gpus; Ray counts the latter."
+        {},
+        description="Requests and limits in place of those made of cpus and memory, which Ray counts still; the GPUs"
+        " are always a limit.",
     )
     topology_spread_constraints: list[Mapping] = Field(
         [], description="How the pods spread over zones or nodes; empty spreads all workers over nodes where it can."
@@ -150,7 +154,9 @@ class Gateway(Part):
     """What answers requests that name their model in the body."""
 
     replicas: Annotated[int, Field(ge=1, le=10_000)] | None = Field(
-        None, description="One a worker at most; null takes as many as there are workers."
+        None,
+        description="One a worker at most; null takes as many as there are workers. With fewer, a worker that neither a"
+        " gateway nor a model runs on is not Ready, and `helm install --wait` waits for it in vain.",
     )
 
 
@@ -200,10 +206,16 @@ class Cache(Part):
     existing_claim: str = Field("", description="With `pvc`, a claim that is there; empty makes one.")
     storage_class: str = Field("", description="Storage class of the claim; empty is the cluster's default.")
     access_modes: list[Literal["ReadWriteOnce", "ReadWriteMany", "ReadWriteOncePod"]] = Field(
-        ["ReadWriteMany"], min_length=1, description="Access modes of the claim."
+        ["ReadWriteMany"],
+        min_length=1,
+        description="Access modes of the claim; more than one worker takes `ReadWriteMany`.",
     )
     size: Quantity = Field("50Gi", description="Size of the claim.")
-    host_path: str = Field("", pattern="^(/.*)?$", description="With `hostPath`, the folder on the nodes.")
+    host_path: str = Field(
+        "",
+        pattern="^(/.*)?$",
+        description="With `hostPath`, the folder on the nodes. It has to exist on each and to belong to user 10001.",
+    )
     keep: bool = Field(False, description="Whether an uninstall leaves the claim.")
 
 
@@ -212,6 +224,11 @@ class NetworkPolicy(Part):
 
     enabled: bool = Field(True, description="Whether pods are closed but for what they need.")
     from_: list[Mapping] = Field([], alias="from", description="Peers that may reach the models; empty lets everybody.")
+    metrics_from: list[Mapping] = Field(
+        [],
+        description="Peers that may collect metrics, of the controller (port 8081) and of Ray's nodes (6385); empty is"
+        " nobody from outside.",
+    )
     to: list[Mapping] = Field(
         [],
         description="Peers that workers may connect to besides Ray and DNS; empty lets them reach any address, as"
@@ -237,7 +254,10 @@ class ServiceAccount(Part):
 class Crd(Part):
     """The Model resource."""
 
-    keep: bool = Field(False, description="Whether an uninstall leaves it; it goes only if no namespace has a Model.")
+    keep: bool = Field(
+        False,
+        description="Whether an uninstall leaves it; it goes only if no other namespace has a Model or a controller.",
+    )
 
 
 #: Of the platform, without those that the chart decides; each is `ROUNDHOUSE_*` in Ray's pods.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from serve.spec import ModelSpec
 
@@ -12,6 +12,7 @@ GATEWAY = "gateway"
 DEPLOYMENT = "model"
 MODEL_VARIABLE = "RH_MODEL"
 ATTEMPT_VARIABLE = "RH_ATTEMPT"
+BEGAN_VARIABLE = "RH_ATTEMPT_BEGAN"
 
 # The Host bounds its queue in items and bytes and answers 429 itself; Ray's own bound would answer without a reason.
 MAX_ONGOING_REQUESTS = 100_000
@@ -44,6 +45,19 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(2**33),
     "MALLOC_TOP_PAD_": str(2**26),
 }
+
+
+class Attempt(NamedTuple):
+    """One try at starting a model.
+
+    Args:
+        number: From 0; a higher one makes Ray try again.
+        began: Unix time, seconds; None where it is not known. It stays with the attempt: what Ray tells is the time of
+            the last config, whichever application that changed.
+    """
+
+    number: int = 0
+    began: int | None = None
 
 
 def application_name(model: str) -> str:
@@ -108,7 +122,7 @@ def serve_config(
     *,
     gateway_replicas: int = 1,
     log_level: str = "WARNING",
-    attempts: Mapping[str, int] | None = None,
+    attempts: Mapping[str, Attempt] | None = None,
 ) -> dict[str, Any]:
     """Return a whole Ray Serve config (the body of `PUT /api/serve/applications/`, and KubeRay's `serveConfigV2`).
 
@@ -117,7 +131,7 @@ def serve_config(
     replicas one by one. An edit of `scaling` alone restarts none.
 
     Args:
-        attempts: Of models that failed to start, which attempt this is; a higher one makes Ray try again.
+        attempts: Model -> which attempt at starting it this is.
     """
     quiet = {"enable_access_log": False, "log_level": log_level}
     gateway = {
@@ -144,14 +158,22 @@ def serve_config(
         "logging_config": quiet,
         "applications": [
             gateway,
-            *(_model_application(spec, quiet, (attempts or {}).get(spec.name)) for spec in specs),
+            *(_model_application(spec, quiet, (attempts or {}).get(spec.name, Attempt())) for spec in specs),
         ],
     }
 
 
-def _model_application(spec: ModelSpec, logging: dict[str, Any], attempt: int | None) -> dict[str, Any]:
-    declared = json.dumps(spec.model_dump(mode="json", by_alias=True, exclude={"scaling"}), sort_keys=True)
-    variables = {MODEL_VARIABLE: declared} | ({ATTEMPT_VARIABLE: str(attempt)} if attempt else {})
+def declared_text(spec: ModelSpec) -> str:
+    """Return a declaration as it travels in the environment of a model's replicas."""
+    return json.dumps(spec.model_dump(mode="json", by_alias=True, exclude={"scaling"}), sort_keys=True)
+
+
+def _model_application(spec: ModelSpec, logging: dict[str, Any], attempt: Attempt) -> dict[str, Any]:
+    variables = {MODEL_VARIABLE: declared_text(spec)}
+    if attempt.number:
+        variables[ATTEMPT_VARIABLE] = str(attempt.number)
+    if attempt.began is not None:
+        variables[BEGAN_VARIABLE] = str(attempt.began)
     options = deployment_options(spec) | replica_options(spec) | {"logging_config": logging}
     options["ray_actor_options"]["runtime_env"] = {"env_vars": variables}
     return {
@@ -168,6 +190,13 @@ def variables_of(application: Mapping[str, Any]) -> Mapping[str, str]:
     deployment: Mapping[str, Any] = next(iter(application.get("deployments") or ()), {})
     options = deployment.get("ray_actor_options") or {}
     return (options.get("runtime_env") or {}).get("env_vars") or {}
+
+
+def attempt_of(application: Mapping[str, Any]) -> Attempt:
+    """Return which attempt an application of a Ray Serve config is."""
+    variables = variables_of(application)
+    began = variables.get(BEGAN_VARIABLE)
+    return Attempt(int(variables.get(ATTEMPT_VARIABLE, 0)), None if began is None else int(began))
 
 
 def declared_in(application: Mapping[str, Any]) -> ModelSpec:

@@ -280,7 +280,7 @@ def _controller_arguments(parser: argparse.ArgumentParser) -> None:
     _cluster_arguments(parser)
     parser.add_argument("--namespace", required=True, metavar="NAME", help="whose Models it looks after")
     parser.add_argument("--rayservice", default="", metavar="NAME", help="the RayService to write, with KubeRay")
-    parser.add_argument("--ray-url", required=True, metavar="URL", help="Ray's head, http://host:8265")
+    parser.add_argument("--ray-url", default="", metavar="URL", help="Ray's head, http://host:8265")
     parser.add_argument("--ray-token-file", required=True, metavar="FILE", help="the Ray cluster's token")
     parser.add_argument("--gateway-url", required=True, metavar="URL", help="where the gateway answers in the cluster")
     parser.add_argument("--public-url", required=True, metavar="URL", help="where callers reach it, for status.url")
@@ -295,6 +295,8 @@ def _controller(options: argparse.Namespace) -> int:
 
     from serve.cluster.commands import ControllerOptions, run_controller
 
+    if bool(options.rayservice) == bool(options.ray_url):
+        raise RoundhouseError("a controller takes either --rayservice or --ray-url")
     told = {name: getattr(options, name) for name in ControllerOptions.__dataclass_fields__}
     run_controller(ControllerOptions(**told | {"ray_token_file": Path(options.ray_token_file)}))
     return OK

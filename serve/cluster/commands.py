@@ -18,7 +18,11 @@ from serve.cluster.leader import Leadership
 from serve.cluster.targets import RayServeApi, RayService, Target, token_in
 
 _DEFINITIONS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+_LEASES = "/apis/coordination.k8s.io/v1/leases"
 _POLL_S = 1.0
+
+#: Of the Lease that every namespace with a controller of the chart has.
+LEASE = "roundhouse-controller"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +32,7 @@ class ControllerOptions:
     Args:
         context: Of the kubeconfig; None in a pod.
         rayservice: Name of the RayService that is written; empty where Ray is told directly.
-        ray_url: `http://host:8265` of the head.
+        ray_url: `http://host:8265` of the head; not used with `rayservice`.
         ray_token_file: The cluster's token.
         lease: Name of the Lease.
         identity: Of this process.
@@ -81,14 +85,18 @@ def run_controller(options: ControllerOptions) -> None:
 
 
 def _target(cluster: Cluster, options: ControllerOptions) -> Target:
-    ray = RayServeApi(options.ray_url, token=token_in(options.ray_token_file), gateway_url=options.gateway_url)
+    token = token_in(options.ray_token_file)
+
+    def head(url: str) -> RayServeApi:
+        return RayServeApi(url, token=token, gateway_url=options.gateway_url)
+
     if not options.rayservice:
-        return ray
+        return head(options.ray_url)
     path = f"/apis/ray.io/v1/namespaces/{options.namespace}/rayservices/{options.rayservice}"
     named = {"apiVersion": "ray.io/v1", "kind": "RayService", "metadata": {"name": options.rayservice}}
     how = {"fieldManager": MANAGER, "force": "true"}
     return RayService(
-        ray,
+        lambda name: head(f"http://{name}-head-svc:8265"),  # as KubeRay names a cluster's head
         get=lambda: cluster.call("GET", path),
         patch=lambda part: cluster.call(
             "PATCH", path, query=how, body=named | dict(part), kind="application/apply-patch+yaml"
@@ -114,7 +122,7 @@ def remove_models(
     """Delete a namespace's Models and wait until they are gone; return whether they are.
 
     Args:
-        with_definition: Delete the resource's definition as well, unless another namespace has Models.
+        with_definition: Delete the resource's definition as well, unless another namespace has Models or a controller.
 
     Raises:
         ApiUnavailable: The API server refuses.
@@ -140,15 +148,21 @@ def remove_models(
         time.sleep(_POLL_S)
     say("no model is left")
     if with_definition:
-        _remove_definition(cluster, say)
+        _remove_definition(cluster, namespace, say)
     return True
 
 
-def _remove_definition(cluster: Cluster, say: Callable[[str], None]) -> None:
+def _remove_definition(cluster: Cluster, namespace: str, say: Callable[[str], None]) -> None:
     try:
         others = cluster.call("GET", f"/apis/{GROUP}/v1alpha1/{PLURAL}", query={"limit": "1"})["items"]
         if others:
             say(f"the Model resource stays: namespace {others[0]['metadata']['namespace']} has models")
+            return
+        # The API server lets an account list by one name, and only where the request says so.
+        leases = cluster.call("GET", _LEASES, query={"fieldSelector": f"metadata.name={LEASE}"})["items"]
+        elsewhere = sorted({lease["metadata"]["namespace"] for lease in leases} - {namespace})
+        if elsewhere:
+            say(f"the Model resource stays: namespace {elsewhere[0]} has a controller")
             return
         cluster.call("DELETE", f"{_DEFINITIONS}/{PLURAL}.{GROUP}")
         say("the Model resource is removed")

@@ -14,9 +14,9 @@ from typing import Any
 
 from serve.applications import application_name
 from serve.cluster.crd import GROUP, KIND, VERSION
-from serve.cluster.kube import ApiUnavailable, Cluster, Conflict, Missing
+from serve.cluster.kube import ApiUnavailable, Cluster, Conflict, Missing, Refused
 from serve.cluster.leader import RENEW_S, Leadership
-from serve.cluster.resource import Declared, Observed, changes, desired, is_gone, read, status_of
+from serve.cluster.resource import Declared, Observed, changes, desired, is_gone, read, status_of, status_without_ray
 from serve.cluster.targets import Target, TargetUnavailable
 from serve.errors import RoundhouseError
 
@@ -24,6 +24,8 @@ logger = logging.getLogger("roundhouse.controller")
 
 _BUSY_S = 2.0
 _SETTLED_S = 15.0
+# What a watch has lost is found by the next list.
+_LIST_S = 600.0
 _LONGEST_BACKOFF_S = 60.0
 _TOLD = {"Accepted": "False", "Degraded": "True", "Ready": "True"}
 
@@ -37,32 +39,56 @@ class NotLeading(Exception):
 
 
 class Store:
-    """The Models as the watch has told them, never an older one in place of a newer."""
+    """The Models as lists and the watch have told them, never an older one in place of a newer."""
 
     def __init__(self) -> None:
         self._models: dict[str, dict[str, Any]] = {}
+        # A Model's uid -> the version at which it was gone: it never comes back, though older news of it may.
+        self._gone: dict[str, str] = {}
+        self._listed = ""
         self._read: dict[tuple[str, int, bool], Declared] = {}
         self._lock = threading.Lock()
         self.synced = threading.Event()
         self.changed = threading.Event()
 
-    def replace(self, models: list[dict[str, Any]]) -> None:
-        """Take a whole list."""
+    def replace(self, models: list[dict[str, Any]], version: str) -> None:
+        """Take a whole list, but for what is known at a newer version than its own."""
         with self._lock:
-            self._models = {model["metadata"]["name"]: model for model in models}
+            if _is_older(version, self._listed):
+                # Of an API server that was restored from a backup each list is older, until this process starts anew.
+                logger.warning("the Models listed at version %s are left, as %s is known", version, self._listed)
+            else:
+                self._take(models, version)
         self.synced.set()
         self.changed.set()
 
+    def _take(self, models: list[dict[str, Any]], version: str) -> None:
+        listed = {model["metadata"]["name"]: model for model in models if model["metadata"]["uid"] not in self._gone}
+        for name, known in self._models.items():
+            at = listed[name]["metadata"]["resourceVersion"] if name in listed else version
+            if _is_older(at, known["metadata"]["resourceVersion"]):
+                listed[name] = known
+        self._gone = {uid: at for uid, at in self._gone.items() if not _is_older(at, self._listed)}
+        stays = {model["metadata"]["uid"] for model in listed.values()}
+        went = {known["metadata"]["uid"] for known in self._models.values()} - stays
+        self._gone |= dict.fromkeys(went, version)
+        self._models, self._listed = listed, version
+
     def put(self, model: Mapping[str, Any], *, gone: bool = False) -> None:
         """Take one change."""
-        name = model["metadata"]["name"]
+        metadata = model["metadata"]
+        name, uid, version = metadata["name"], metadata["uid"], metadata["resourceVersion"]
         with self._lock:
-            known = self._models.get(name)
-            if known is not None and known["metadata"]["uid"] == model["metadata"]["uid"] and _older(model, known):
+            known = self._models.get(name, model)["metadata"]
+            if uid in self._gone or (known["uid"] == uid and _is_older(version, known["resourceVersion"])):
                 return
             if gone:
-                self._models.pop(name, None)
+                self._gone[uid] = version
+                if known["uid"] == uid:
+                    self._models.pop(name, None)
             else:
+                if known["uid"] != uid:
+                    self._gone[known["uid"]] = version
                 self._models[name] = dict(model)
         self.changed.set()
 
@@ -82,8 +108,7 @@ class Store:
         return found
 
 
-def _older(model: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
-    one, other = model["metadata"]["resourceVersion"], known["metadata"]["resourceVersion"]
+def _is_older(one: str, other: str) -> bool:
     return one.isdigit() and other.isdigit() and int(one) < int(other)
 
 
@@ -147,6 +172,8 @@ class Controller:
         self._now = now
         self.store = Store()
         self.counters = Counters()
+        # Model -> its version whose refusal was told.
+        self._refused: dict[str, str] = {}
         self._stop = threading.Event()
         self._broken = ""
 
@@ -164,19 +191,16 @@ class Controller:
         while not self._stop.is_set():
             self.counters.last_turn = self._clock()
             wait_s = _BUSY_S
+            self.store.changed.clear()
             if self.store.synced.is_set() and self._leadership.holds:
-                self.store.changed.clear()
                 try:
                     settled = self.reconcile()
                     wait_s, failures = (_SETTLED_S if settled else _BUSY_S), 0
                 except NotLeading:
                     logger.warning("another controller has taken over")
-                except (ApiUnavailable, TargetUnavailable) as error:
+                except Exception as error:
                     failures += 1
-                    self.counters.errors += 1
-                    wait_s = min(_LONGEST_BACKOFF_S, 2.0 ** min(failures, 6)) * random.uniform(0.5, 1.0)
-                    logger.warning("%s; trying again in %.0f s", error, wait_s)
-                    self._stop.wait(wait_s)
+                    self._back_off(error, failures)
                     continue
             self._pause(wait_s)
         try:
@@ -185,6 +209,19 @@ class Controller:
             logger.warning("the lease runs out by itself: %s", error)
         if self._broken:
             raise ControllerBroken(self._broken)
+
+    def _back_off(self, error: Exception, failures: int) -> None:
+        self.counters.errors += 1
+        wait_s = min(_LONGEST_BACKOFF_S, 2.0 ** min(failures, 6)) * random.uniform(0.5, 1.0)
+        unforeseen = not isinstance(error, (ApiUnavailable, TargetUnavailable))
+        logger.log(
+            logging.ERROR if unforeseen else logging.WARNING,
+            "%s; trying again in %.0f s",
+            f"a pass ended by {type(error).__name__}: {error}" if unforeseen else error,
+            wait_s,
+            exc_info=error if unforeseen else None,
+        )
+        self._stop.wait(wait_s)
 
     def _guarded(self, name: str, work: Callable[[], None]) -> None:
         try:
@@ -209,16 +246,16 @@ class Controller:
         while not self._stop.is_set():
             try:
                 models, version = self._cluster.list_models()
-                self.store.replace(models)
-                self._follow(version)
+                self.store.replace(models, version)
+                self._follow(version, until=self._clock() + _LIST_S)
             except Conflict:
                 self._stop.wait(random.uniform(0.1, 0.5))
             except (ApiUnavailable, Missing) as error:
                 logger.warning("%s; listing again", error)
                 self._stop.wait(random.uniform(1.0, 3.0))
 
-    def _follow(self, version: str) -> None:
-        while not self._stop.is_set():
+    def _follow(self, version: str, *, until: float) -> None:
+        while not self._stop.is_set() and self._clock() < until:
             for change in self._cluster.watch_models(version):
                 version = change.model["metadata"]["resourceVersion"]
                 if change.kind != "BOOKMARK":
@@ -252,22 +289,43 @@ class Controller:
         """
         began = time.perf_counter()
         try:
-            models = self.store.declared()
-            observed = self._target.observe()
-            models = [model for model in models if self._hold(model, observed)]
+            declared = self.store.declared()
+            observed = self._observe(declared)
+            models = [model for model in declared if self._hold(model, observed)]
             config = desired(models, observed, gateway_replicas=self._gateway_replicas, now=self._now().timestamp())
             changed = changes(config, observed)
-            if changed:
-                self._may_write()
-                self._target.apply(config)
-                self.counters.applied += 1
-                logger.info("told Ray of %s", _some(changed))
+            refusal = self._apply(config, changed) if changed else None
             self._release(models, observed)
-            self._tell(observed, changed)
+            self._tell(declared, observed, changed, refusal)
+            if refusal:
+                raise refusal
             return not changed and all(map(_is_settled, models))
         finally:
             self.counters.passes += 1
             self.counters.seconds += time.perf_counter() - began
+
+    def _observe(self, declared: list[Declared]) -> Observed:
+        try:
+            return self._target.observe()
+        except TargetUnavailable as error:
+            for model in self._as_decided_on(declared):
+                now = self._written_now()
+                self._tell_one(model, status_without_ray(model, str(error), now=now), now)
+            raise
+
+    def _apply(self, config: Mapping[str, Any], changed: set[str]) -> TargetUnavailable | None:
+        """Tell Ray; return why that was not possible."""
+        self._may_write()
+        try:
+            self._target.apply(config)
+        except TargetUnavailable as error:
+            return error
+        self.counters.applied += 1
+        logger.info("told Ray of %s", _some(changed))
+        return None
+
+    def _written_now(self) -> str:
+        return self._now().strftime("%Y-%m-%dT%H:%M:%SZ")
 
     def _may_write(self) -> None:
         if not self._leadership.holds:
@@ -277,35 +335,55 @@ class Controller:
         """See to it that a Model outlives its application; return whether that may be begun, or goes on."""
         if model.is_held or model.deleting:
             return True
-        held = self._write(partial(self._cluster.hold, model.name, version=model.version))
+        held = self._write(model, partial(self._cluster.hold, model.name, version=model.version))
         return held or not is_gone(model, observed)
 
     def _release(self, models: list[Declared], observed: Observed) -> None:
         for model in models:
             if model.is_held and model.deleting and is_gone(model, observed):
                 # The answer is not kept: the Model may be gone by now, and its going known already.
-                self._write(partial(self._cluster.release, model.name, version=model.version), keep=False)
+                self._write(model, partial(self._cluster.release, model.name, version=model.version), keep=False)
 
-    def _tell(self, observed: Observed, changed: set[str]) -> None:
-        now = self._now().strftime("%Y-%m-%dT%H:%M:%SZ")
+    def _tell(
+        self, declared: list[Declared], observed: Observed, changed: set[str], refusal: TargetUnavailable | None
+    ) -> None:
+        now = self._written_now()
         phases: dict[str, int] = {}
-        for model in self.store.declared():
+        for model in self._as_decided_on(declared):
             status = status_of(model, observed, public_url=self._public_url, now=now)
             phases[status["phase"]] = phases.get(status["phase"], 0) + 1
-            # What Ray has just been told of it, it has said nothing about yet.
-            if status == model.status or application_name(model.name) in changed & observed.applications.keys():
-                continue
-            if self._write(partial(self._cluster.write_status, model.name, status, version=model.version)):
-                self.counters.statuses += 1
-                self._emit(model, status, now)
+            application = application_name(model.name)
+            if refusal and application in changed:
+                status = status_without_ray(model, str(refusal), now=now)
+            elif application in changed & observed.applications.keys():
+                continue  # of what Ray has just been told it has said nothing yet
+            self._tell_one(model, status, now)
         self.counters.phases = phases
 
-    def _write(self, write: Callable[[], dict[str, Any]], *, keep: bool = True) -> bool:
-        """Write one object; where it is another by now, leave it to the pass that its change will bring."""
+    def _tell_one(self, model: Declared, status: dict[str, Any], now: str) -> None:
+        write = partial(self._cluster.write_status, model.name, status, version=model.version)
+        if status != model.status and self._write(model, write):
+            self.counters.statuses += 1
+            self._emit(model, status, now)
+
+    def _as_decided_on(self, declared: list[Declared]) -> list[Declared]:
+        """Return the Models at their newest versions, without those whose declaration is no longer the pass's."""
+        newest = {model.name: model for model in self.store.declared()}
+        found = ((model, newest.get(model.name)) for model in declared)
+        return [new for old, new in found if new is not None and _declares_the_same(old, new)]
+
+    def _write(self, model: Declared, write: Callable[[], dict[str, Any]], *, keep: bool = True) -> bool:
+        """Write one Model; where it is another by now, leave it to the pass that its change will bring."""
         self._may_write()
         try:
             answer = write()
         except (Conflict, Missing):
+            return False
+        except Refused as error:
+            self.counters.errors += 1
+            if self._refused.get(model.name) != model.version:
+                self._refused[model.name] = model.version
+                logger.warning("%s", error)
             return False
         if keep:
             self.store.put(answer)
@@ -326,6 +404,10 @@ class Controller:
 def _some(names: set[str]) -> str:
     first = sorted(names)[:10]
     return ", ".join(first) + (f" and {len(names) - len(first)} more" if len(names) > len(first) else "")
+
+
+def _declares_the_same(old: Declared, new: Declared) -> bool:
+    return (old.uid, old.generation, old.deleting) == (new.uid, new.generation, new.deleting)
 
 
 def _is_settled(model: Declared) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +17,28 @@ from serve.cluster.crd import FINALIZER, GROUP, KIND, PLURAL, VERSION
 from serve.errors import RoundhouseError
 
 MANAGER = "roundhouse-controller"
-_WATCH_S = 300
-TIMEOUT_S = 30
+# How long the API server goes on with a watch, and after how long without a word no word is expected any more.
+_WATCH_S = 60
+_WATCH_SILENCE_S = 70.0
+_LOG_SILENCE_S = 330.0
+_CONNECT_S = 5.0
+_ANSWER_S = 10.0
+# A list of hundreds of objects, or the removal of as many, takes the API server longer.
+_LONG_ANSWER_S = 60.0
+#: The longest from the beginning of a write until nothing of it can happen any more: to connect, to send, to be
+#: answered.
+WRITE_S = _CONNECT_S + _CONNECT_S + _ANSWER_S
+# Deeper than any Model that is right, and than what stands around it in a list.
+_MAX_DEPTH = 100
+_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]')
 
 
 class ApiUnavailable(RoundhouseError):
     """The API server does not answer or refuses; the message says what was asked. Trying again may help."""
+
+
+class Refused(ApiUnavailable):
+    """The API server answers, and does not take this one request; another about another object it may take."""
 
 
 class Conflict(RoundhouseError):
@@ -46,19 +63,27 @@ def connect(context: str | None = None) -> kube.ApiClient:
     Raises:
         ApiUnavailable: There is neither.
     """
+    configuration = kube.Configuration()
     try:
         if context is None:
-            kube_config.load_incluster_config()
-            return kube.ApiClient()
-        return kube_config.new_client_from_config(context=context or None)
+            kube_config.load_incluster_config(client_configuration=configuration)
+        else:
+            kube_config.load_kube_config(context=context or None, client_configuration=configuration)
     except kube_config.ConfigException as error:
         raise ApiUnavailable(f"no way to a cluster: {error}") from error
+    return client_of(configuration)
+
+
+def client_of(configuration: kube.Configuration) -> kube.ApiClient:
+    """Return a client that sends each request once: urllib3 would send it up to four times, each as long as one."""
+    configuration.retries = False
+    return kube.ApiClient(configuration)
 
 
 class Cluster:
     """One namespace of a cluster.
 
-    Every call raises ApiUnavailable where the API server does not answer or refuses.
+    Every call raises ApiUnavailable where the API server does not answer, and Refused where it does not take this one.
     """
 
     def __init__(self, client: kube.ApiClient, namespace: str) -> None:
@@ -71,14 +96,18 @@ class Cluster:
         items: list[dict[str, Any]] = []
         more = ""
         while True:
-            page = self.call("GET", self._objects, query={"limit": "500", **({"continue": more} if more else {})})
+            query = {"limit": "500", **({"continue": more} if more else {})}
+            page = self.call("GET", self._objects, query=query, answer_s=_LONG_ANSWER_S)
             items += page["items"]
             more = page["metadata"].get("continue", "")
             if not more:
                 return items, page["metadata"]["resourceVersion"]
 
-    def watch_models(self, version: str) -> Iterator[Change]:
+    def watch_models(self, version: str, *, silence_s: float = _WATCH_SILENCE_S) -> Iterator[Change]:
         """Yield changes since a version, until the API server ends the watch.
+
+        Args:
+            silence_s: After how long without a word the connection counts as broken.
 
         Raises:
             Conflict: The version is too old; list again.
@@ -89,8 +118,8 @@ class Cluster:
             "allowWatchBookmarks": "true",
             "timeoutSeconds": str(_WATCH_S),
         }
-        for line in self._stream(self._objects, query):
-            event = json.loads(line)
+        for line in self._stream(self._objects, query, silence_s=silence_s):
+            event = _parsed(line)
             if event["type"] != "ERROR":
                 yield Change(event["type"], event["object"])
             elif event["object"].get("code") == 410:
@@ -135,12 +164,13 @@ class Cluster:
     def log_of(self, pod: str, *, lines: int, follow: bool) -> Iterator[str]:
         """Yield the last lines of a pod's log, and with `follow` those that come; raises Missing."""
         query = {"tailLines": str(lines), **({"follow": "true"} if follow else {})}
-        for line in self._stream(f"/api/v1/namespaces/{self._namespace}/pods/{pod}/log", query):
+        path = f"/api/v1/namespaces/{self._namespace}/pods/{pod}/log"
+        for line in self._stream(path, query, silence_s=_LOG_SILENCE_S):
             yield line.decode(errors="replace")
 
     def delete_models(self) -> None:
         """Ask for every Model of the namespace to go."""
-        self.call("DELETE", self._objects)
+        self.call("DELETE", self._objects, answer_s=_LONG_ANSWER_S)
 
     def get_lease(self, name: str) -> dict[str, Any]:
         """Return a Lease (coordination.k8s.io/v1); raises Missing."""
@@ -168,23 +198,29 @@ class Cluster:
         query: Mapping[str, str] | None = None,
         body: Any = None,
         kind: str = "application/json",
+        answer_s: float = _ANSWER_S,
     ) -> dict[str, Any]:
         """Call the API server and return the JSON that it answers.
+
+        Args:
+            answer_s: How long it may take to answer; as it stands, a write ends within `WRITE_S`.
 
         Raises:
             Conflict: 409 and 410.
             Missing: 404.
         """
-        response = self._send(method, path, query=query or {}, body=body, kind=kind, read_s=TIMEOUT_S)
+        response = self._send(method, path, query=query or {}, body=body, kind=kind, read_s=answer_s)
         try:
-            found: dict[str, Any] = json.loads(response.read())
+            found: dict[str, Any] = _parsed(response.read())
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise ApiUnavailable(f"the answer to {method} {path} broke off: {error}") from error
         except ValueError as error:
             raise ApiUnavailable(f"the API server does not answer {method} {path} with JSON") from error
         return found
 
-    def _stream(self, path: str, query: Mapping[str, str]) -> Iterator[bytes]:
+    def _stream(self, path: str, query: Mapping[str, str], *, silence_s: float) -> Iterator[bytes]:
         """Yield the lines of an answer as they come."""
-        response = self._send("GET", path, query=query, body=None, kind="application/json", read_s=_WATCH_S + TIMEOUT_S)
+        response = self._send("GET", path, query=query, body=None, kind="application/json", read_s=silence_s)
         rest = b""
         try:
             for part in response.response.stream(2**16):
@@ -207,7 +243,7 @@ class Cluster:
             auth_settings=["BearerToken"],
         )
         try:
-            response = self._client.call_api(*arguments, _request_timeout=(TIMEOUT_S, read_s))
+            response = self._client.call_api(*arguments, _request_timeout=(_CONNECT_S, read_s))
             if 200 <= response.status < 300:
                 return response
             told = _message(response.read())
@@ -217,7 +253,32 @@ class Cluster:
             raise Missing(f"{method} {path}: {told}")
         if response.status in (409, 410):
             raise Conflict(f"{method} {path}: {told}")
-        raise ApiUnavailable(f"the API server refuses {method} {path} ({response.status}): {told}")
+        # Who is not known yet, or asks too often, is refused everything.
+        is_about_this = 400 <= response.status < 500 and response.status not in (401, 408, 429)
+        refusal = Refused if is_about_this else ApiUnavailable
+        raise refusal(f"the API server refuses {method} {path} ({response.status}): {told}")
+
+
+def _parsed(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except RecursionError:
+        return json.loads(_shallow(data))
+
+
+def _shallow(data: bytes) -> bytes:
+    """Return JSON with null for what is nested deepest, so that one object does not keep the others from being read."""
+    parts, begin, depth = [], 0, 0
+    for found in _BRACKETS.finditer(data):
+        if found[0] in b"[{":
+            depth += 1
+            if depth == _MAX_DEPTH:
+                parts.append(data[begin : found.start()] + b"null")
+        elif found[0] in b"]}":
+            depth -= 1
+            if depth == _MAX_DEPTH - 1:
+                begin = found.end()
+    return b"".join([*parts, data[begin:]])
 
 
 def _message(answer: bytes) -> str:

@@ -6,11 +6,13 @@ import datetime
 from collections.abc import Callable
 from typing import Any
 
-from serve.cluster.kube import TIMEOUT_S, Cluster, Conflict, Missing
+from serve.cluster.kube import WRITE_S, Cluster, Conflict, Missing
 
-#: Longer than any one write may take, so that none lands when another controller acts already.
 DURATION_S = 45
 RENEW_S = 5.0
+#: How long before it runs out a Lease is no longer acted on: longer than any one write takes, so that none lands when
+#: another controller acts already.
+MARGIN_S = WRITE_S + 5.0
 
 
 class Leadership:
@@ -47,7 +49,7 @@ class Leadership:
     @property
     def holds(self) -> bool:
         """Return whether this process may begin a write now, and nobody else may before it has ended."""
-        return self._clock() + TIMEOUT_S < self._held_until
+        return self._clock() + MARGIN_S < self._held_until
 
     def renew(self) -> bool:
         """Take or keep the Lease if that is possible, and return whether it is held.
@@ -59,7 +61,8 @@ class Leadership:
         began = self._clock()
         try:
             lease = self._cluster.get_lease(self._name)
-            if not self._may_take(lease, began):
+            # Not before it was answered: what is seen may have been written just then.
+            if not self._may_take(lease, self._clock()):
                 self._held_until = float("-inf")
                 return False
             self._cluster.put_lease(self._name, self._spec(lease.get("spec", {})), metadata=lease["metadata"])

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from serve.applications import (
-    ATTEMPT_VARIABLE,
     MODEL_VARIABLE,
+    Attempt,
     application_name,
+    attempt_of,
     declared_in,
+    declared_text,
     serve_config,
     variables_of,
 )
@@ -22,6 +24,9 @@ from serve.spec import ModelSpec
 
 _RETRY_FIRST_S = 15.0
 _RETRY_MOST_S = 900.0
+_RETRY_DOUBLINGS = 6
+# Linux starts no process with an argument of 128 KiB or more, and Ray adds to the one that it writes variables in.
+_LARGEST_VARIABLE = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +99,7 @@ class Observed:
 def read(model: Mapping[str, Any]) -> Declared:
     """Return what a Model object (as the API server gives it) declares."""
     metadata = model["metadata"]
-    spec, problem = None, ""
-    try:
-        document = {"models": [{"name": metadata["name"], **model.get("spec", {})}]}
-        [spec] = parse_declaration(json.dumps(document).encode(), path=Path("spec"), base_dir=None).models
-    except InvalidDeclaration as error:
-        problem = "; ".join(_sentence(problem) for problem in error.problems)
+    spec, problem = _spec_of(metadata["name"], model.get("spec", {}))
     return Declared(
         name=metadata["name"],
         generation=metadata.get("generation", 0),
@@ -111,6 +111,25 @@ def read(model: Mapping[str, Any]) -> Declared:
         status=model.get("status", {}),
         uid=metadata.get("uid", ""),
     )
+
+
+def _spec_of(name: str, declared: Mapping[str, Any]) -> tuple[ModelSpec | None, str]:
+    """Return a spec, or None and what is wrong with it."""
+    try:
+        document = json.dumps({"models": [{"name": name, **declared}]}).encode()
+        [spec] = parse_declaration(document, path=Path("spec"), base_dir=None).models
+        # Ray writes it as JSON once more.
+        size = len(json.dumps(declared_text(spec)))
+    except InvalidDeclaration as error:
+        return None, "; ".join(_sentence(problem) for problem in error.problems)
+    except RecursionError:
+        return None, "spec: nested too deeply to be read"
+    if size > _LARGEST_VARIABLE:
+        return None, (
+            f"spec: takes {size} bytes of a replica's environment, at most {_LARGEST_VARIABLE}; "
+            "put what is large into a file that options name"
+        )
+    return spec, ""
 
 
 def _sentence(problem: Any) -> str:
@@ -125,7 +144,7 @@ def desired(models: Sequence[Declared], observed: Observed, *, gateway_replicas:
     A Model that an edit made wrong goes on as it last was right, which Ray's own config remembers.
     """
     specs: list[ModelSpec] = []
-    attempts: dict[str, int] = {}
+    attempts: dict[str, Attempt] = {}
     for model in sorted(models, key=lambda model: model.name):
         application = observed.applications.get(application_name(model.name))
         spec = None if model.deleting else model.spec or _last_right(application)
@@ -142,17 +161,22 @@ def _last_right(application: Application | None) -> ModelSpec | None:
         return None
 
 
-def _attempt(spec: ModelSpec, application: Application | None, now: float) -> int:
-    """Return which attempt at starting this is: the one that runs, or the next where it failed long enough ago."""
-    if application is None or not application.config:
-        return 0
-    variables = variables_of(application.config)
-    [fresh] = serve_config([spec])["applications"][1:]
-    if variables.get(MODEL_VARIABLE) != variables_of(fresh)[MODEL_VARIABLE]:
-        return 0
-    attempt = int(variables.get(ATTEMPT_VARIABLE, 0))
-    due = application.deployed_at + min(_RETRY_MOST_S, _RETRY_FIRST_S * 2**attempt)
-    return attempt + 1 if application.status == "DEPLOY_FAILED" and now >= due else attempt
+def _attempt(spec: ModelSpec, application: Application | None, now: float) -> Attempt:
+    """Return which attempt at starting this is: the one that runs, or the next where it began long enough ago.
+
+    A changed variable replaces replicas, so the time is only ever written with an attempt.
+    """
+    fresh = Attempt(0, int(now))
+    if application is None or application.status == "DELETING":
+        return fresh
+    if variables_of(application.config).get(MODEL_VARIABLE) != declared_text(spec):
+        return fresh
+    attempt = attempt_of(application.config)
+    if application.status != "DEPLOY_FAILED":
+        return attempt
+    wait_s = min(_RETRY_MOST_S, _RETRY_FIRST_S * 2 ** min(attempt.number, _RETRY_DOUBLINGS))
+    is_due = attempt.began is None or now >= attempt.began + wait_s
+    return Attempt(attempt.number + 1, int(now)) if is_due else attempt
 
 
 def changes(config: Mapping[str, Any], observed: Observed) -> set[str]:
@@ -222,6 +246,23 @@ def status_of(model: Declared, observed: Observed, *, public_url: str, now: str)
         "url": f"{public_url}/v2/models/{model.name}",
         "conditions": [_dated(condition, model, now) for condition in conditions],
     }
+
+
+def status_without_ray(model: Declared, sentence: str, *, now: str) -> dict[str, Any]:
+    """Return the status that a Model should have while Ray cannot be asked: what is known without, the rest as it was.
+
+    What runs goes on without Ray's head, so that nothing is said of whether a model answers.
+
+    Args:
+        sentence: Why Ray cannot be asked.
+        now: As in `status_of`.
+    """
+    known = [_accepted(model), _condition("Progressing", None, "RayUnavailable", sentence)]
+    conditions = {each["type"]: each for each in model.status.get("conditions", ())}
+    conditions |= {each["type"]: _dated(each, model, now) for each in known}
+    phase = {"phase": "Queued", "message": sentence} if model.spec else {"phase": "Failed", "message": model.problem}
+    before = model.status if "observedGeneration" in model.status else phase
+    return {**before, "conditions": list(conditions.values())}
 
 
 def _phase(model: Declared, application: Application | None, observed: Observed) -> tuple[str, str]:
@@ -300,8 +341,8 @@ def _amount(name: str, amount: float) -> str:
     return f"{round(amount, 4):g} {name}{'' if amount == 1 else 's'}"
 
 
-def _condition(kind: str, holds: bool, reason: str, message: str) -> dict[str, Any]:
-    return {"type": kind, "status": str(bool(holds)), "reason": reason, "message": message}
+def _condition(kind: str, holds: bool | None, reason: str, message: str) -> dict[str, Any]:
+    return {"type": kind, "status": "Unknown" if holds is None else str(holds), "reason": reason, "message": message}
 
 
 def _accepted(model: Declared) -> dict[str, Any]:
@@ -328,7 +369,8 @@ def _progressing(
     if _fails(model, application, observed):
         return _condition("Progressing", True, "BackOff", "It is tried again, at growing intervals.")
     if application.waiting:
-        return _condition("Progressing", True, "WaitingForResources", message or "A replica waits for a place.")
+        missing = shortage(model, observed)
+        return _condition("Progressing", True, "WaitingForResources", missing or "A replica waits for a place.")
     if application.status == "DEPLOYING" or application.running < application.wanted:
         return _condition("Progressing", True, "Starting", message or "A replica is starting.")
     return _condition("Progressing", False, "Complete", "Every replica runs what is declared.")

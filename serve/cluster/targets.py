@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import functools
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,11 +16,18 @@ import httpx
 import yaml
 
 from serve.applications import ANSWERING
-from serve.cluster.kube import ApiUnavailable, Conflict, Missing
+from serve.cluster.kube import WRITE_S, ApiUnavailable, Conflict, Missing
 from serve.cluster.resource import Application, Observed, changes
 from serve.errors import RoundhouseError
 
 _TIMEOUT_S = 30.0
+# Beginning to connect until the last piece is begun, one piece, and the answer: together no longer than `WRITE_S`.
+_SEND_S = WRITE_S / 4
+_WRITE_TIMEOUT = httpx.Timeout(WRITE_S / 2, connect=_SEND_S, write=_SEND_S, pool=_SEND_S)
+_PIECE = 2**16
+# etcd takes 1.5 MiB at once; the rest of a RayService has room beside it.
+_LARGEST_CONFIG = 1_572_864 - 2**17
+_NOT_IN_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 _PLACED = ANSWERING | {"STARTING", "STOPPING"}
 
 
@@ -40,30 +52,44 @@ class RayServeApi:
         url: `http://host:8265`.
         token: Returns the cluster's token, read anew for each request, so that it may be rotated.
         gateway_url: Where the gateway tells how far each model is; without an answer phases are left out.
+        clock: Seconds, monotonic.
     """
 
-    def __init__(self, url: str, *, token: Callable[[], str], gateway_url: str) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: Callable[[], str],
+        gateway_url: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._token = token
+        self._clock = clock
         self._gateway_url = gateway_url
         self._client = httpx.Client(base_url=url, timeout=_TIMEOUT_S)
 
     def observe(self) -> Observed:
         """Return what runs; raises TargetUnavailable."""
-        told = self._ask("GET", "/api/serve/applications/").json()
-        nodes = self._ask("GET", "/api/v0/nodes", params={"detail": "1", "limit": "10000"}).json()
-        return Observed(
-            applications={name: application(name, entry) for name, entry in told.get("applications", {}).items()},
-            nodes=_nodes(nodes["data"]["result"]["result"]),
-            phases=phases(self._gateway_url),
-        )
+        told = self._ask("GET", "/api/serve/applications/")
+        with _of_form(f"Ray at {self._client.base_url} tells of its applications"):
+            entries = told.json().get("applications", {})
+            applications = {name: application(name, entry) for name, entry in entries.items()}
+        told = self._ask("GET", "/api/v0/nodes", params={"detail": "1", "limit": "10000"})
+        with _of_form(f"Ray at {self._client.base_url} tells of its nodes"):
+            nodes = _nodes(told.json()["data"]["result"]["result"])
+        return Observed(applications=applications, nodes=nodes, phases=phases(self._gateway_url))
 
     def apply(self, config: Mapping[str, Any]) -> None:
         """Make a whole Ray Serve config the one that runs; raises TargetUnavailable."""
-        self._ask("PUT", "/api/serve/applications/", json=config)
+        body = json.dumps(config).encode()
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+        content = _pieces(body, until=self._clock() + _SEND_S, clock=self._clock)
+        self._ask("PUT", "/api/serve/applications/", content=content, headers=headers, timeout=_WRITE_TIMEOUT)
 
-    def _ask(self, method: str, path: str, **how: Any) -> httpx.Response:
+    def _ask(self, method: str, path: str, *, headers: Mapping[str, str] | None = None, **how: Any) -> httpx.Response:
         try:
-            response = self._client.request(method, path, headers={"Authorization": f"Bearer {self._token()}"}, **how)
+            authorised = {"Authorization": f"Bearer {self._token()}", **(headers or {})}
+            response = self._client.request(method, path, headers=authorised, **how)
         except (httpx.HTTPError, OSError) as error:
             raise TargetUnavailable(f"Ray at {self._client.base_url} does not answer: {error}") from error
         if response.status_code != 200:
@@ -74,31 +100,41 @@ class RayServeApi:
         return response
 
 
+def _pieces(body: bytes, *, until: float, clock: Callable[[], float]) -> Iterator[bytes]:
+    """Yield a body, which is never sent whole where its last piece would be late: half a request changes nothing."""
+    for begin in range(0, len(body), _PIECE):
+        if clock() > until:
+            raise httpx.WriteTimeout("sending took too long")
+        yield body[begin : begin + _PIECE]
+
+
 class RayService:
-    """A RayService of KubeRay: its `serveConfigV2` is written, and Ray itself is asked what came of it.
+    """A RayService of KubeRay: its `serveConfigV2` is written, and the Ray cluster made for it asked what came of it.
 
     Args:
-        ray: The head of the cluster that KubeRay made.
+        ray: Returns the head of a Ray cluster of that name.
         get: Returns the object.
         patch: Applies a part of it, server-side.
     """
 
     def __init__(
         self,
-        ray: RayServeApi,
+        ray: Callable[[str], RayServeApi],
         *,
         get: Callable[[], Mapping[str, Any]],
         patch: Callable[[Mapping[str, Any]], object],
     ) -> None:
-        self._ray = ray
+        self._ray = functools.lru_cache(maxsize=4)(ray)
         self._get = get
         self._patch = patch
+        self._read: tuple[str, dict[str, Mapping[str, Any]]] = ("", {})
 
     def observe(self) -> Observed:
         """Return what runs, beside the config that the object holds; raises TargetUnavailable."""
-        text = self._call(self._get).get("spec", {}).get("serveConfigV2", "")
-        configs = {entry["name"]: entry for entry in (yaml.safe_load(text) or {}).get("applications", ())}
-        told = self._ray.observe()
+        service = self._call(self._get)
+        with _of_form("the RayService holds its serveConfigV2"):
+            configs = self._configs(service.get("spec", {}).get("serveConfigV2", ""))
+        told = self._ray(_cluster_of(service)).observe()
         # KubeRay passes a config on some seconds after it is written: until then Ray tells of the one before.
         under_way = changes({"applications": list(configs.values())}, told)
         applications = {}
@@ -110,14 +146,60 @@ class RayService:
 
     def apply(self, config: Mapping[str, Any]) -> None:
         """Write the config; KubeRay puts it in place."""
-        text = yaml.safe_dump(dict(config), sort_keys=True)
+        text = _written(config)
+        size = len(json.dumps(text))
+        if size > _LARGEST_CONFIG:
+            raise TargetUnavailable(
+                f"the Serve config takes {size} bytes of the RayService, at most {_LARGEST_CONFIG}, which is what etcd "
+                "keeps of an object: declare fewer Models, or smaller ones"
+            )
         self._call(lambda: self._patch({"spec": {"serveConfigV2": text}}))
+
+    def _configs(self, text: str) -> dict[str, Mapping[str, Any]]:
+        if text != self._read[0]:
+            self._read = (text, {entry["name"]: entry for entry in _parsed(text).get("applications", ())})
+        return self._read[1]
 
     def _call(self, ask: Callable[[], Any]) -> Any:
         try:
             return ask()
         except (ApiUnavailable, Conflict, Missing) as error:
             raise TargetUnavailable(f"the RayService cannot be had: {error}") from error
+
+
+def _cluster_of(service: Mapping[str, Any]) -> str:
+    """Return the Ray cluster that serves, or the one that is to; raises TargetUnavailable."""
+    status = service.get("status", {})
+    for which in ("activeServiceStatus", "pendingServiceStatus"):
+        if name := status.get(which, {}).get("rayClusterName"):
+            return str(name)
+    raise TargetUnavailable("KubeRay has made no Ray cluster yet; is its operator running?")
+
+
+@contextlib.contextmanager
+def _of_form(what: str) -> Iterator[None]:
+    """Read what another wrote; raises TargetUnavailable where it is of another form."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        first = next(iter(str(error).splitlines()), "")
+        raise TargetUnavailable(f"{what} in a form that is not known: {type(error).__name__}: {first}") from error
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return yaml.safe_load(text) or {}
+
+
+def _written(config: Mapping[str, Any]) -> str:
+    """Return a config as JSON that is YAML as well: the pairs of escapes that JSON has for a character are not.
+
+    YAML itself costs a hundred times as much, at each pass.
+    """
+    text = json.dumps(config, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return _NOT_IN_YAML.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def application(name: str, entry: Mapping[str, Any]) -> Application:

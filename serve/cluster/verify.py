@@ -20,7 +20,7 @@ def verify(url: str, *, timeout_s: float, say: Callable[[str], None]) -> bool:
         timeout_s: How long the platform and its models may take to start.
 
     Returns:
-        Whether the gateway answers and every model did.
+        Whether the gateway answers, there are models, and every one did.
     """
     with httpx.Client(base_url=url, timeout=_REQUEST_S) as client:
         models = _settled(client, ends=time.monotonic() + timeout_s, say=say)
@@ -28,7 +28,13 @@ def verify(url: str, *, timeout_s: float, say: Callable[[str], None]) -> bool:
             say(f"{url} did not answer within {timeout_s:g} s, or models were still on their way")
             return False
         answered = [_answers(client, model, say) for model in models]
-    say(f"{sum(answered)} of {len(answered)} models answer")
+    if not answered:
+        say(
+            "no model is served, so nothing was tried; declare one, or see why those that there are were not Accepted:"
+            " kubectl describe models.roundhouse.dev"
+        )
+        return False
+    say(f"{sum(answered)} of {len(answered)} models answer; one that is not Accepted is not among them")
     return all(answered)
 
 
@@ -37,12 +43,12 @@ def _settled(client: httpx.Client, *, ends: float, say: Callable[[str], None]) -
     while time.monotonic() < ends:
         try:
             models = client.post("/v2/repository/index").raise_for_status().json()
-        except (httpx.HTTPError, ValueError) as error:
-            line = f"waiting for the gateway: {error}"
-        else:
             waiting = [
                 f"{model['name']} {model['phase']}" for model in models if model["phase"] not in ("ready", "failed")
             ]
+        except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+            line = f"waiting for the gateway: {type(error).__name__}: {error}"
+        else:
             if not waiting:
                 return list(models)
             line = f"waiting for {', '.join(waiting)}"
@@ -64,12 +70,13 @@ def _answers(client: httpx.Client, model: dict[str, Any], say: Callable[[str], N
         example = content["example"]
         began = time.monotonic()
         response = client.post(f"/v2/models/{name}/infer", json=example)
-    except (httpx.HTTPError, ValueError, LookupError) as error:
-        say(f"{name}: cannot be asked: {type(error).__name__}: {error}")
+        took_s = time.monotonic() - began
+        if response.status_code != 200:
+            say(f"{name}: {response.status_code} {response.text[:300]}")
+            return False
+        outputs = ", ".join(f"{tensor['name']} {tensor['shape']}" for tensor in response.json()["outputs"])
+    except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+        say(f"{name}: does not answer as its documents say: {type(error).__name__}: {error}")
         return False
-    if response.status_code != 200:
-        say(f"{name}: {response.status_code} {response.text[:300]}")
-        return False
-    outputs = ", ".join(f"{tensor['name']} {tensor['shape']}" for tensor in response.json()["outputs"])
-    say(f"{name}: {outputs} in {(time.monotonic() - began) * 1000:.0f} ms")
+    say(f"{name}: {outputs} in {took_s * 1000:.0f} ms")
     return True

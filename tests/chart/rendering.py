@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -84,7 +84,7 @@ def of(case: str, kind: str) -> list[dict[str, Any]]:
     return [each for each in objects(case) if each["kind"] == kind]
 
 
-def pods(rendered: list[dict[str, Any]]) -> Iterator[Pod]:
+def pods(rendered: Iterable[dict[str, Any]]) -> Iterator[Pod]:
     """Yield the pods that objects make."""
     for each in rendered:
         owner = f"{each['kind']}/{each['metadata']['name']}"

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
+import signal
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from serve.cluster.commands import LEASE
 from serve.settings import Settings
 from tests.chart.rendering import (
     CASES,
@@ -18,6 +22,7 @@ from tests.chart.rendering import (
     NAMESPACE,
     NEWEST,
     OLDEST,
+    ROOT,
     Pod,
     environment,
     given,
@@ -257,6 +262,18 @@ def test_only_rays_own_pods_reach_rays_ports():
     assert fetching == {"Deployment/rh-roundhouse-worker-cpu"}
 
 
+def test_metrics_are_open_to_those_who_are_named():
+    policies = {each["metadata"]["name"]: each["spec"] for each in of("network-policy", "NetworkPolicy")}
+    made = list(pods(objects("network-policy")))
+    scraper = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+    ray = {"StatefulSet/rh-roundhouse-head", "Deployment/rh-roundhouse-worker-cpu"}
+    for name, port, owners in (("controller", 8081, {"Deployment/rh-roundhouse-controller"}), ("ray", 6385, ray)):
+        policy = policies[f"rh-roundhouse-{name}-metrics"]
+        assert policy["ingress"] == [{"from": [scraper], "ports": [{"protocol": "TCP", "port": port}]}]
+        assert {pod.owner for pod in selected(policy["podSelector"]["matchLabels"], made)} == owners
+    assert "-metrics" not in str([each["metadata"]["name"] for each in of("default", "NetworkPolicy")])
+
+
 @pytest.mark.parametrize(
     ("case", "url"),
     [
@@ -295,11 +312,31 @@ def test_gpu_workers_ask_for_their_device_and_tell_ray_of_it():
     workers = {each["metadata"]["name"]: each["spec"]["template"]["spec"] for each in of("gpu", "Deployment")}
     assert "rh-roundhouse-worker-cpu" not in workers
     [a100] = workers["rh-roundhouse-worker-a100"]["containers"]
-    assert a100["resources"]["limits"]["nvidia.com/gpu"] == 4
+    assert a100["resources"]["limits"]["nvidia.com/gpu"] == "4"
     assert "--num-gpus=4" in a100["args"][0]
     assert '{"accelerator_type:A100": 1}' in a100["args"][0]
     assert workers["rh-roundhouse-worker-a100"]["runtimeClassName"] == "nvidia"
-    assert workers["rh-roundhouse-worker-mig"]["containers"][0]["resources"]["limits"]["nvidia.com/mig-3g.40gb"] == 1
+    assert workers["rh-roundhouse-worker-mig"]["containers"][0]["resources"]["limits"]["nvidia.com/mig-3g.40gb"] == "1"
+
+
+@pytest.mark.parametrize("provider", ["builtin", "kuberay"])
+def test_gpu_workers_with_resources_of_their_own_ask_for_their_device_too(provider):
+    own = {"requests": {"cpu": "100m", "memory": "1Gi"}, "limits": {"memory": "8Gi"}}
+    same = own | {"limits": own["limits"] | {"nvidia.com/gpu": "2"}}
+    bare = {"requests": own["requests"]}
+    part = {"gpus": 1, "gpuResource": "nvidia.com/mig-3g.40gb", "resources": own}
+    groups = {"bare": {"gpus": 2, "resources": bare}, "own": {"gpus": 2, "resources": own}}
+    groups |= {"same": {"gpus": 2, "resources": same}, "part": part, "none": {"resources": own}}
+    done = helm("helm", "--set-json", f"ray={json.dumps({'provider': provider, 'workerGroups': groups})}")
+    assert done.returncode == 0, done.stderr
+    made = pods(each for each in yaml.safe_load_all(done.stdout) if each)
+    found = {
+        pod.owner.rpartition("worker-")[2].rpartition("/")[2]: pod.spec["containers"][0]["resources"] for pod in made
+    }
+    assert found["own"] == found["same"] == same
+    assert found["bare"] == {"requests": bare["requests"], "limits": {"nvidia.com/gpu": "2"}}
+    assert found["part"]["limits"] == {"memory": "8Gi", "nvidia.com/mig-3g.40gb": "1"}
+    assert found["none"] == own
 
 
 def test_the_claim_of_the_cache_stays_where_it_is_asked_to():
@@ -309,6 +346,30 @@ def test_the_claim_of_the_cache_stays_where_it_is_asked_to():
     assert cache["spec"]["resources"]["requests"]["storage"] == "200Gi"
     assert not of("existing-secrets", "PersistentVolumeClaim")
     assert not of("no-persistence", "PersistentVolumeClaim")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_only_workers_have_the_cache(case):
+    for pod in pods(objects(case)):
+        component = pod.labels["app.kubernetes.io/component"]
+        names = {volume["name"] for volume in pod.spec.get("volumes", ())}
+        assert ("cache" in names) == (component == "worker"), pod.owner
+
+
+def test_a_folder_of_the_nodes_is_not_made_by_root():
+    [worker] = [
+        pod for pod in pods(objects("hostpath-cache")) if pod.owner.startswith("Deployment/rh-roundhouse-worker")
+    ]
+    [cache] = [volume for volume in worker.spec["volumes"] if volume["name"] == "cache"]
+    assert cache["hostPath"] == {"path": "/var/cache/roundhouse", "type": "Directory"}
+    assert "belong to user 10001" in notes("hostpath-cache")
+
+
+@pytest.mark.parametrize("program", HELMS)
+def test_one_worker_keeps_its_cache_on_a_volume_of_its_own(program):
+    cache = 'cache={"type":"pvc","accessModes":["ReadWriteOnce"]}'
+    assert helm(program, "--set-json", cache, "--set", "ray.workerGroups.cpu.replicas=1").returncode == 0
+    assert helm(program, "--set-json", cache, "--set", "cache.existingClaim=mine").returncode == 0
 
 
 def test_what_a_site_adds_is_there():
@@ -326,6 +387,10 @@ def test_what_a_site_adds_is_there():
     }
     assert "eks.amazonaws.com/role-arn" in accounts["rh-serving-ray"]
     assert "eks.amazonaws.com/role-arn" not in accounts["rh-serving-controller"]
+
+
+def test_a_head_that_never_became_ready_is_replaced_by_a_rollback():
+    assert only("default", "StatefulSet")["spec"]["podManagementPolicy"] == "Parallel"
 
 
 def started(pod: Pod, folder: Path, generated: str = "") -> list[str]:
@@ -354,6 +419,36 @@ def test_the_shell_starts_ray_with_what_the_values_say(tmp_path: Path):
     assert {"--head", "--num-cpus=0", "--port=6379"} <= set(started(made["StatefulSet/rh-roundhouse-head"], tmp_path))
 
 
+_ENDS_SLOWLY = """#!/bin/sh
+trap 'sleep 0.5; echo > {folder}/ended; exit 7' TERM
+echo > {folder}/begun
+while :; do sleep 0.05; done
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_shell_ends_after_ray_has(tmp_path: Path, number: signal.Signals):
+    [head] = [pod for pod in pods(objects("default")) if pod.owner.startswith("StatefulSet")]
+    for program, script in (("ray", _ENDS_SLOWLY.format(folder=tmp_path)), ("roundhouse", "#!/bin/sh\n")):
+        (tmp_path / program).write_text(script)
+        (tmp_path / program).chmod(0o755)
+    [script] = head.spec["containers"][0]["args"]
+    variables = {"PATH": f"{tmp_path}:/usr/bin:/bin", "POD_IP": "10.1.2.3"}
+    with subprocess.Popen([*head.spec["containers"][0]["command"], script], env=variables) as shell:
+        until(lambda: (tmp_path / "begun").exists())
+        shell.send_signal(number)
+        assert shell.wait(timeout=30) == 7
+        assert (tmp_path / "ended").exists()
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Wait for something that another process does."""
+    end = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def test_the_shell_starts_ray_by_the_command_that_kuberay_makes(tmp_path: Path):
     [worker] = [pod for pod in pods(objects("kuberay")) if pod.owner == "RayService/rh-roundhouse/gpu"]
     parameters = kuberay()["rayClusterConfig"]["workerGroupSpecs"][1]["rayStartParams"]
@@ -374,7 +469,7 @@ def test_kuberay_gets_a_rayservice_in_place_of_the_pods():
     name = only("kuberay", "RayService")["metadata"]["name"]
     assert re.fullmatch("[a-z][-a-z0-9]{0,46}", name)
     assert f"--rayservice={name}" in text("kuberay")
-    assert f"--ray-url=http://{name}-head-svc:8265" in text("kuberay")
+    assert "--ray-url" not in text("kuberay")
     # The controller writes it; what the chart wrote as well, each upgrade would take back.
     assert "serveConfigV2" not in kuberay()
 
@@ -386,6 +481,14 @@ def test_the_controller_may_write_only_its_rayservice():
     assert rule["resourceNames"] == ["rh-roundhouse"]
     for role in of("default", "Role"):
         assert "ray.io" not in str(role["rules"])
+
+
+def test_a_namespace_has_one_lease_whatever_its_release_is_called():
+    name = only("extra", "Lease")["metadata"]["name"]
+    assert name == only("default", "Lease")["metadata"]["name"] == LEASE
+    assert f"--lease={name}\n" in text("extra")
+    rules = {each["metadata"]["name"]: each["rules"] for each in of("extra", "Role")}["rh-serving-controller"]
+    assert [rule["resourceNames"] for rule in rules if rule["resources"] == ["leases"]] == [[name]]
 
 
 def test_kuberays_service_is_where_controller_and_callers_look():
@@ -462,7 +565,7 @@ def test_the_definition_stays_where_it_is_asked_to():
     assert "--remove-crd" not in text("no-persistence")
     assert "--remove-crd" in text("default")
     [role] = of("no-persistence", "ClusterRole")
-    assert [rule["verbs"] for rule in role["rules"]] == [["patch"]]
+    assert [rule["verbs"] for rule in role["rules"]] == [["patch", "create"]]
 
 
 SMALL = {"name": "a", "task": "forecast", "source": "hf:m/x"}
@@ -507,6 +610,52 @@ SMALL = {"name": "a", "task": "forecast", "source": "hf:m/x"}
             "cpu has 4 CPUs, 0 GPUs, 3G",
         ),
         ({"ray.workerGroups": {"cpu": {"replicas": 0}}}, "ray.workerGroups has no worker"),
+        (
+            {"ray.workerGroups.cpu": {"gpus": 2, "resources": {"limits": {"nvidia.com/gpu": 1}}}},
+            "ray.workerGroups.cpu: resources.limits has 1 of nvidia.com/gpu and gpus, which Ray counts, is 2",
+        ),
+        (
+            {"ray.workerGroups.cpu": {"resources": {"requests": {"nvidia.com/gpu": "1"}}}},
+            "resources.requests has 1 of nvidia.com/gpu and gpus, which Ray counts, is 0",
+        ),
+        ({"fullnameOverride": "My_models"}, 'every object\'s name would begin with "My_models"'),
+        ({"fullnameOverride": "1st"}, "set fullnameOverride to such a name"),
+        ({"nameOverride": "a.b"}, "set fullnameOverride to such a name"),
+        (
+            {"commonLabels": {"app.kubernetes.io/instance": "mine"}},
+            "commonLabels has app.kubernetes.io/instance, by which the chart finds its own objects",
+        ),
+        ({"commonLabels": {"roundhouse.dev/ray-node": "false"}}, "commonLabels has roundhouse.dev/ray-node"),
+        ({"extraEnv": [{"name": "RAY_AUTH_MODE", "value": "disabled"}]}, "extraEnv has RAY_AUTH_MODE"),
+        ({"extraEnv": [{"name": "RAY_AUTH_TOKEN", "value": "mine"}]}, "extraEnv has RAY_AUTH_TOKEN"),
+        ({"extraEnv": [{"name": "RAY_AUTH_TOKEN_PATH", "value": "/a"}]}, "extraEnv has RAY_AUTH_TOKEN_PATH"),
+        ({"podDisruptionBudget.maxUnavailable": "0%"}, "podDisruptionBudget.maxUnavailable is 0%: no node"),
+        (
+            {"gcs.persistence": {"enabled": False, "existingClaim": "mine"}},
+            "gcs.persistence.existingClaim is mine and gcs.persistence.enabled is false",
+        ),
+        (
+            {
+                "ray.provider": "kuberay",
+                "ray.kuberay.autoscaling.enabled": False,
+                "ray.workerGroups.cpu.maxReplicas": 4,
+            },
+            "ray.workerGroups.cpu: maxReplicas, 4, is above replicas, 2, and ray.kuberay.autoscaling.enabled is false",
+        ),
+        ({"models": [SMALL | {"device": "cuda"}]}, "models: a: device is cuda and resources.gpus is 0"),
+        (
+            {"models": [SMALL | {"device": "cpu", "resources": {"gpus": 1}}], "ray.workerGroups.cpu.gpus": 1},
+            "models: a: resources.gpus is 1 and device is cpu",
+        ),
+        (
+            {"models": [SMALL | {"resources": {"gpus": 1.5}}], "ray.workerGroups.cpu.gpus": 2},
+            "models: a: resources.gpus is 1.5, and an amount above 1 is whole",
+        ),
+        ({"gateway.replicas": 3}, "gateway.replicas is 3 and there are 2 workers at most"),
+        (
+            {"ray.provider": "kuberay", "ray.workerGroups.cpu.maxReplicas": 4, "gateway.replicas": 5},
+            "gateway.replicas is 5 and there are 4 workers at most",
+        ),
         ({"ray.workerGroups.cpu.maxReplicas": 5}, "maxReplicas is for ray.provider kuberay"),
         (
             {"ray.provider": "kuberay", "ray.workerGroups.cpu.maxReplicas": 1},
@@ -518,6 +667,17 @@ SMALL = {"name": "a", "task": "forecast", "source": "hf:m/x"}
         ),
         ({"cache.type": "hostPath"}, "cache.hostPath is empty"),
         ({"cache.existingClaim": "mine"}, "set cache.type to pvc"),
+        (
+            {"cache": {"type": "pvc", "accessModes": ["ReadWriteOnce"]}},
+            "cache.accessModes is ReadWriteOnce and there are up to 2 workers",
+        ),
+        (
+            {
+                "ray": {"provider": "kuberay", "workerGroups": {"cpu": {"replicas": 1, "maxReplicas": 3}}},
+                "cache": {"type": "pvc", "accessModes": ["ReadWriteOncePod"]},
+            },
+            "cache.accessModes is ReadWriteOncePod and there are up to 3 workers",
+        ),
         ({"cache.hostPath": "/models"}, "set cache.type to hostPath"),
         ({"ingress.enabled": True}, "ingress.host is empty"),
         ({"httpRoute.enabled": True}, "httpRoute.parentRefs is empty"),
@@ -527,6 +687,43 @@ SMALL = {"name": "a", "task": "forecast", "source": "hf:m/x"}
 )
 def test_values_that_contradict_each_other_are_refused_in_a_sentence(program, values, sentence):
     assert sentence in refusal(values, program)
+
+
+def test_what_to_do_when_it_does_not_go_names_what_is_there():
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    names = {each["metadata"]["name"].replace(f"{NAMESPACE}-", "rh-") for each in objects("default")}
+    named = {*re.findall(r"rh-roundhouse-[a-z]+[-a-z0-9]*|rh-rh-roundhouse-[a-z-]+", page)}
+    assert named == {"rh-roundhouse-pre-delete", "rh-rh-roundhouse-hooks", "rh-roundhouse-head-0", "rh-roundhouse-gcs"}
+    assert named - {"rh-roundhouse-head-0"} <= names
+    assert only("default", "StatefulSet")["metadata"]["name"] == "rh-roundhouse-head"
+    reconnect = environment(next(pods(of("default", "StatefulSet"))))["RAY_gcs_rpc_server_reconnect_timeout_s"]
+    assert ("ten minutes" in page) == (reconnect == "600")
+
+
+@pytest.mark.parametrize("program", HELMS)
+def test_what_callers_are_told_has_no_slash_at_its_end(program):
+    assert (
+        "--public-url=https://models.example.com\n"
+        in helm(program, "--set", "publicUrl=https://models.example.com/").stdout
+    )
+
+
+@pytest.mark.parametrize("program", HELMS)
+def test_a_budget_that_is_turned_off_may_hold_anything(program):
+    words = ("--set", "podDisruptionBudget.enabled=false", "--set", "podDisruptionBudget.maxUnavailable=0%")
+    assert helm(program, *words).returncode == 0
+
+
+@pytest.mark.parametrize("program", HELMS)
+def test_workers_that_come_by_themselves_begin_with_one_gateway(program):
+    words = ("--set-json", 'ray={"provider":"kuberay","workerGroups":{"cpu":{"replicas":0,"maxReplicas":3}}}')
+    assert "--gateway-replicas=1\n" in helm(program, *words).stdout
+    assert "--gateway-replicas=3\n" in helm(program, *words, "--set", "gateway.replicas=3").stdout
+
+
+def test_the_notes_warn_of_workers_that_may_not_become_ready():
+    assert "is not Ready" in notes("two-groups")
+    assert "is not Ready" not in notes("default")
 
 
 @pytest.mark.parametrize("program", HELMS)

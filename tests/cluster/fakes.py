@@ -8,13 +8,13 @@ import datetime
 import http.server
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
 
 from kubernetes import client as kube
 
-from serve.cluster.kube import Cluster
+from serve.cluster.kube import Cluster, client_of
 from serve.cluster.targets import RayServeApi
 
 MODELS = "/apis/roundhouse.dev/v1alpha1/namespaces/here/models"
@@ -32,11 +32,12 @@ class Faults:
 
     def __init__(self) -> None:
         self.writes_left: int | None = None
-        self.lost_answers = False
         self.away: set[str] = set()
+        self.hung_up = 0
 
     def goes_through(self, server: str, *, is_write: bool) -> bool:
         if server in self.away or self.writes_left == 0:
+            self.hung_up += 1
             return False
         if is_write and self.writes_left is not None:
             self.writes_left -= 1
@@ -51,6 +52,9 @@ class _Server:
     def __init__(self, faults: Faults) -> None:
         self.faults = faults
         self.asked: list[tuple[str, str]] = []
+        # Path -> status and body that are answered there instead.
+        self.instead: dict[str, tuple[int, bytes]] = {}
+        self.before_each: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
         outer = self
 
@@ -59,15 +63,24 @@ class _Server:
             disable_nagle_algorithm = True
 
             def _do(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                length = int(self.headers.get("Content-Length") or 0)
+                body = self.rfile.read(length)
+                if len(body) < length:
+                    return
+                outer.before_each()
                 with outer._lock:
                     is_write = self.command != "GET" and "/repository/" not in self.path
                     if not outer.faults.goes_through(outer.name, is_write=is_write):
                         self.close_connection = True
                         return
                     outer.asked.append((self.command, self.path))
-                    status, answer = outer.answer(self.command, self.path, json.loads(body) if body else None, self)
-                data = json.dumps(answer).encode()
+                    path = urlsplit(self.path).path
+                    if path in outer.instead:
+                        status, data = outer.instead[path]
+                    else:
+                        told = json.loads(body) if body else None
+                        status, answer = outer.answer(self.command, self.path, told, self)
+                        data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))
@@ -112,8 +125,11 @@ class FakeApi(_Server):
         self.models: dict[str, dict[str, Any]] = {}
         self.leases: dict[str, dict[str, Any]] = {}
         self.events: list[dict[str, Any]] = []
-
-        self._client = kube.ApiClient(kube.Configuration(host=self.url))
+        # Model -> status that every write of it is answered with.
+        self.refused: dict[str, int] = {}
+        self.when_watched: Callable[[], None] = lambda: None
+        self._changes: list[tuple[int, str, dict[str, Any]]] = []
+        self._client = client_of(kube.Configuration(host=self.url))
 
     def cluster(self) -> Cluster:
         return Cluster(self._client, "here")
@@ -141,6 +157,9 @@ class FakeApi(_Server):
         metadata["resourceVersion"] = str(self.version)
         if "deletionTimestamp" in metadata and not metadata.get("finalizers"):
             self.models.pop(metadata["name"], None)
+        if "spec" in thing:
+            kind = "MODIFIED" if metadata["name"] in self.models else "DELETED"
+            self._changes.append((self.version, kind, copy.deepcopy(thing)))
         return thing
 
     # HTTP
@@ -149,6 +168,8 @@ class FakeApi(_Server):
         parts = urlsplit(path)
         if parts.path == MODELS and method == "GET":
             query = parse_qs(parts.query)
+            if "watch" in query:
+                return 200, self._watched(int(query["resourceVersion"][0]))
             names = sorted(self.models)
             begin = int(query.get("continue", ["0"])[0])
             end = begin + int(query["limit"][0])
@@ -164,11 +185,23 @@ class FakeApi(_Server):
             return 201, body
         return 404, {"message": f"no {path}"}
 
+    def forget_changes(self) -> None:
+        """Have the watch tell nothing of what was before."""
+        self._changes.clear()
+
+    def _watched(self, version: int) -> bytes:
+        """Return what has changed since a version; a watch ends there, and the next one tells of the rest."""
+        self.when_watched()
+        new = [{"type": kind, "object": model} for at, kind, model in self._changes if at > version]
+        return b"".join(json.dumps(event).encode() + b"\n" for event in new)
+
     def _applied(self, path: str, body: Any) -> Answer:
         name, _, part = path.partition("/")
         model = self.models.get(name)
         if model is None:
             return 404, {"message": f"models {name!r} not found"}
+        if name in self.refused:
+            return self.refused[name], {"message": f"admission webhook denied {name!r}"}
         if body["metadata"].get("resourceVersion", "") != model["metadata"]["resourceVersion"]:
             return 409, {"message": "the object has been modified"}
         before = copy.deepcopy(model)
@@ -202,10 +235,12 @@ class FakeRay(_Server):
         self.applications: dict[str, dict[str, Any]] = {}
         self.configs: list[dict[str, Any]] = []
         self.broken: set[str] = set()
+        self.takes_configs = True
+        self.when_asked: Callable[[], None] = lambda: None
         self.deployed_at = NOW.timestamp()
 
-    def target(self) -> RayServeApi:
-        return RayServeApi(self.url, token=lambda: self.token, gateway_url=self.url)
+    def target(self, **how: Any) -> RayServeApi:
+        return RayServeApi(self.url, token=lambda: self.token, gateway_url=self.url, **how)
 
     def settle(self) -> None:
         for name, entry in list(self.applications.items()):
@@ -218,6 +253,7 @@ class FakeRay(_Server):
             deployment["replicas"] = [] if is_broken else [_replica(name, entry["deployed_app_config"])]
 
     def answer(self, method: str, path: str, body: Any, request: Any) -> Answer:
+        self.when_asked()
         if path == "/v2/repository/index":
             return 200, []
         if request.headers["Authorization"] != f"Bearer {self.token}":
@@ -225,6 +261,8 @@ class FakeRay(_Server):
         if path.startswith("/api/v0/nodes"):
             node = {"node_id": "n1", "state": "ALIVE", "resources_total": {"CPU": 4.0}}
             return 200, {"data": {"result": {"result": [node]}}}
+        if method == "PUT" and not self.takes_configs:
+            return 400, {"message": "not this one"}
         if method == "PUT":
             self._deploy(body)
             return 200, {}
@@ -249,11 +287,13 @@ class FakeRay(_Server):
         for name, entry in self.applications.items():
             if name not in wanted:
                 entry["status"] = "DELETING"
+        self.deployed_at += 1
         for name, entry in wanted.items():
             known = self.applications.get(name)
             if known is None or known["deployed_app_config"] != entry or known["status"] == "DELETING":
-                self.deployed_at += 1
                 self.applications[name] = _application(name, entry, self.deployed_at)
+            # Ray writes the time of a config to all that stands in it.
+            self.applications[name]["last_deployed_time_s"] = self.deployed_at
 
 
 def _application(name: str, config: dict[str, Any], deployed_at: float) -> dict[str, Any]:

@@ -63,11 +63,21 @@ class Site:
         image: What the cluster pulls, `repository:tag`.
         address: Where a NodePort answers.
         storage_class: Of the head's volume; without one the head's state goes with its pod.
+        provider: Of the Ray cluster, `builtin` or `kuberay`.
     """
 
-    def __init__(self, *, image: str, address: str, storage_class: str, namespace: str = "roundhouse-walk") -> None:
+    def __init__(
+        self,
+        *,
+        image: str,
+        address: str,
+        storage_class: str,
+        provider: str = "builtin",
+        namespace: str = "roundhouse-walk",
+    ) -> None:
         self.image = image
         self.namespace = namespace
+        self.provider = provider
         self.storage_class = storage_class
         self.began = datetime.datetime.now(datetime.UTC).isoformat()
         self.http = httpx.Client(base_url=f"http://{address}:{NODE_PORT}", timeout=30)
@@ -92,8 +102,9 @@ class Site:
         persistence = {"enabled": bool(self.storage_class), "storageClass": self.storage_class}
         return yaml.safe_dump(
             {
-                "image": {"repository": repository, "tag": tag},
+                "image": {"repository": repository, "tag": tag, "pullPolicy": "Always"},
                 "ray": {
+                    "provider": self.provider,
                     "head": {"resources": small | {"limits": {"memory": "4Gi"}}},
                     "workerGroups": {
                         "cpu": {"replicas": 2, "cpus": 4, "resources": small | {"limits": {"memory": "8Gi"}}}
@@ -151,6 +162,17 @@ class Site:
 
     # Ray
 
+    @property
+    def head(self) -> str:
+        """Return the head's pod."""
+        return self.names_of("head")[0]
+
+    @property
+    def head_service(self) -> str:
+        if self.provider == "builtin":
+            return f"{NAME}-head"
+        return f"{self.get('rayservices.ray.io', NAME)['status']['activeServiceStatus']['rayClusterName']}-head-svc"
+
     def token(self) -> str:
         secret = self.get("secret", f"{NAME}-ray-token")
         return base64.b64decode(secret["data"]["auth_token"]).decode()
@@ -164,7 +186,7 @@ class Site:
             "print(web.urlopen(ask).read().decode())"
         )
         words = ["env", f"TOKEN={self.token()}", "python", "-c", code]
-        told = json.loads(self.kubectl("exec", f"{NAME}-head-0", "--", *words))
+        told = json.loads(self.kubectl("exec", self.head, "--", *words))
         return {
             name: {
                 (replica["replica_id"], replica["pid"])
@@ -239,4 +261,5 @@ def from_environment() -> Site:
         image=os.environ.get("CLUSTER_TEST_IMAGE", ""),
         address=os.environ.get("CLUSTER_TEST_ADDRESS", "127.0.0.1"),
         storage_class=os.environ.get("CLUSTER_TEST_STORAGE_CLASS", ""),
+        provider=os.environ.get("CLUSTER_TEST_PROVIDER", "builtin"),
     )

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.applications import application_name, serve_config, variables_of
+from serve.applications import Attempt, application_name, serve_config, variables_of
 from serve.cluster.crd import FINALIZER
 from serve.cluster.resource import Application, Declared, Observed, changes, desired, is_gone, read, shortage, status_of
 
@@ -71,6 +71,32 @@ def test_a_wrong_model_says_where_and_what_is_meant(spec: dict[str, Any], senten
     assert declared.spec is None
     assert sentence in declared.problem
     assert "models[0]" not in declared.problem
+
+
+def nested(depth: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for _ in range(depth):
+        found = {"a": found}
+    return found
+
+
+@pytest.mark.parametrize("depth", [40, 1_200, 5_000])
+def test_a_model_that_is_nested_too_deeply_is_its_own_problem(depth: int):
+    python = {"task": "python", "source": "file:/a.py", "options": {"class": "X", "arguments": nested(depth)}}
+    declared = read(model("deep", **python))
+    assert declared.spec is None
+    assert "nested" in declared.problem
+    assert status(declared, Observed())["phase"] == "Failed"
+
+
+@pytest.mark.parametrize("text", ["x" * 100_000, '"' * 30_000])
+def test_a_model_that_no_process_could_be_started_with_is_refused(text: str):
+    python = {"task": "python", "source": "file:/a.py", "options": {"class": "X", "arguments": {"a": text}}}
+    declared = read(model(**python))
+    assert declared.spec is None
+    assert "of a replica's environment, at most 100000" in declared.problem
+    python["options"]["arguments"] = {"a": text[: len(text) // 2]}
+    assert read(model(**python)).spec is not None
 
 
 def test_an_absolute_file_is_not_looked_for():
@@ -142,7 +168,7 @@ def test_a_model_that_failed_is_tried_again_at_growing_intervals():
     waits = []
     config, deployed = config_of(model()), NOW
     for _ in range(8):
-        failed = running(config, status="DEPLOY_FAILED", running=0, deployed_at=deployed)
+        failed = running(config, status="DEPLOY_FAILED", running=0)
         wait = next(
             s for s in range(2000) if attempt(config_of(model(), observed=failed, now=deployed + s)) > attempt(config)
         )
@@ -150,6 +176,34 @@ def test_a_model_that_failed_is_tried_again_at_growing_intervals():
         deployed += wait
         config = config_of(model(), observed=failed, now=deployed)
     assert waits == [15, 30, 60, 120, 240, 480, 900, 900]
+
+
+def test_a_model_that_failed_for_weeks_is_tried_on():
+    entry = serve_config([read(model()).spec], attempts={"one": Attempt(5000, int(NOW))})["applications"][1]
+    failed = running({"applications": [entry]}, status="DEPLOY_FAILED", running=0)
+    assert attempt(config_of(model(), observed=failed, now=NOW + 899)) == 5000
+    assert attempt(config_of(model(), observed=failed, now=NOW + 900)) == 5001
+
+
+def test_edits_of_others_put_off_no_attempt():
+    failed = running(config_of(model()), status="DEPLOY_FAILED", running=0, deployed_at=NOW + 15)
+    assert attempt(config_of(model(), observed=failed, now=NOW + 14)) == 0
+    assert attempt(config_of(model(), observed=failed, now=NOW + 15)) == 1
+
+
+def test_what_says_not_when_it_began_is_left_alone_until_it_fails():
+    known = serve_config([read(model()).spec])
+    assert config_of(model(), observed=running(known), now=NOW + 1000) == known
+    failed = running(known, status="DEPLOY_FAILED", running=0)
+    assert attempt(config_of(model(), observed=failed, now=NOW)) == 1
+
+
+def test_one_that_is_declared_again_before_it_is_gone_begins_anew():
+    failed = running(config_of(model()), status="DEPLOY_FAILED", running=0)
+    leaving = running(config_of(model(), observed=failed, now=NOW + 100), status="DELETING")
+    again = config_of(model(), observed=leaving, now=NOW + 1000)
+    assert attempt(again) == 0
+    assert again == config_of(model(), now=NOW + 1000)
 
 
 def test_an_edit_begins_the_attempts_anew():
@@ -225,6 +279,14 @@ def test_what_does_not_fit_names_the_missing_amount():
     assert found["phase"] == "Queued"
     assert "needs 1 GPU, 0.5 GPUs free" in found["message"]
     assert conditions(declared, observed)["Progressing"] == ("True", "WaitingForResources")
+
+
+def test_what_is_missing_for_one_more_replica_is_told_while_others_answer():
+    observed = replace(app(status="DEPLOYING", wanted=2, running=1, waiting=1), nodes={"a": {"CPU": 4.0}})
+    found = status(read(model(resources={"gpus": 1})), observed)
+    progressing = next(each for each in found["conditions"] if each["type"] == "Progressing")
+    assert (found["phase"], progressing["reason"]) == ("Ready", "WaitingForResources")
+    assert "needs 1 GPU, 0 GPUs free" in progressing["message"]
 
 
 def test_what_fits_is_no_shortage():

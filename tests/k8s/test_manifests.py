@@ -60,6 +60,12 @@ def test_git_holds_the_chart_where_the_examples_look_for_it():
     assert chart["sourceRef"]["name"] == repository["metadata"]["name"]
 
 
+def test_argo_cd_leaves_the_definition_to_the_hook():
+    (application,) = documents(FOLDER / "argocd" / "application.yaml")
+    assert application["spec"]["source"]["helm"]["skipCrds"] is True
+    assert "SkipDryRunOnMissingResource=true" in application["spec"]["syncPolicy"]["syncOptions"]
+
+
 def test_the_secrets_of_the_vault_are_those_that_the_values_name():
     made = {
         document["spec"]["target"]["name"]: document
@@ -99,7 +105,11 @@ def test_an_overlay_renders(site, tmp_path):
     assert {each["metadata"]["namespace"] for each in workers} == {"roundhouse"}
     patched = {each["spec"].get("progressDeadlineSeconds") for each in workers}
     assert patched == ({3600} if site == "large" else {None})
-    assert any(each["kind"] == "CustomResourceDefinition" for each in objects)
+    (definition,) = [each for each in objects if each["kind"] == "CustomResourceDefinition"]
+    assert definition["metadata"]["name"] == "models.roundhouse.dev"
+    # A hook without Helm is an object like any other: the Job before an uninstall would delete every Model at once.
+    assert not [each["metadata"] for each in objects if "helm.sh/hook" in each["metadata"].get("annotations", {})]
+    assert not [each["metadata"] for each in objects if each["kind"] in ("Job", "ClusterRole")]
 
 
 def test_every_link_leads_somewhere():

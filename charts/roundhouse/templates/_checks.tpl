@@ -1,7 +1,35 @@
+{{/* Fails where a name, a label or a variable takes the place of one that the chart relies on. */}}
+{{- define "roundhouse.checkNames" -}}
+{{- $name := include "roundhouse.fullname" . }}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $name) }}
+{{- fail (printf "every object's name would begin with %q, and a Service's takes small letters, digits and hyphens, a letter first; set fullnameOverride to such a name" $name) }}
+{{- end }}
+{{- range $label, $_ := .Values.commonLabels }}
+{{- if regexMatch "^(app\\.kubernetes\\.io/(name|instance|component|version|part-of|managed-by)|helm\\.sh/chart|roundhouse\\.dev/.*)$" $label }}
+{{- fail (printf "commonLabels has %s, by which the chart finds its own objects; leave it out" $label) }}
+{{- end }}
+{{- end }}
+{{- range .Values.extraEnv }}
+{{- if regexMatch "^RAY_AUTH_(MODE|TOKEN.*)$" (default "" .name) }}
+{{- fail (printf "extraEnv has %s, which the chart sets: without the token anybody in the cluster could run code; give the token by ray.token.existingSecret" .name) }}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{/* Fails where a kind of cache or of entrance lacks what it needs. */}}
 {{- define "roundhouse.checkPlaces" -}}
 {{- if and (eq .Values.ray.provider "kuberay") .Values.gcs.persistence.existingClaim (eq .Values.ray.kuberay.upgradeStrategy "NewCluster") }}
 {{- fail "gcs.persistence.existingClaim would be written by two heads while KubeRay replaces a cluster; leave it empty, or set ray.kuberay.upgradeStrategy to None" }}
+{{- end }}
+{{- with .Values.gcs.persistence }}
+{{- if and .existingClaim (not .enabled) }}
+{{- fail (printf "gcs.persistence.existingClaim is %s and gcs.persistence.enabled is false; turn it on, or leave the claim out" .existingClaim) }}
+{{- end }}
+{{- end }}
+{{- with .Values.podDisruptionBudget }}
+{{- if and .enabled (not (.maxUnavailable | toString | trimSuffix "%" | int)) }}
+{{- fail (printf "podDisruptionBudget.maxUnavailable is %v: no node with a worker could ever be drained; give it 1 or more, or turn podDisruptionBudget.enabled off" .maxUnavailable) }}
+{{- end }}
 {{- end }}
 {{- $cache := .Values.cache }}
 {{- if and (eq $cache.type "hostPath") (not $cache.hostPath) }}
@@ -33,13 +61,29 @@
 {{- if lt $most (int $group.replicas) }}
 {{- fail (printf "ray.workerGroups.%s: maxReplicas, %d, is below replicas, %d" $name $most (int $group.replicas)) }}
 {{- end }}
+{{- if and (gt $most (int $group.replicas)) (not $.Values.ray.kuberay.autoscaling.enabled) }}
+{{- fail (printf "ray.workerGroups.%s: maxReplicas, %d, is above replicas, %d, and ray.kuberay.autoscaling.enabled is false; turn it on, or set replicas" $name $most (int $group.replicas)) }}
+{{- end }}
 {{- if and $group.maxReplicas (ne $.Values.ray.provider "kuberay") }}
 {{- fail (printf "ray.workerGroups.%s: maxReplicas is for ray.provider kuberay, which adds workers by itself; set replicas" $name) }}
+{{- end }}
+{{- range $kind := list "requests" "limits" }}
+{{- $asked := dig $kind $group.gpuResource $group.gpus $group.resources }}
+{{- if ne (include "roundhouse.setting" $asked) (include "roundhouse.setting" $group.gpus) }}
+{{- fail (printf "ray.workerGroups.%s: resources.%s has %v of %s and gpus, which Ray counts, is %v; leave it out there, or give both the same" $name $kind $asked $group.gpuResource $group.gpus) }}
+{{- end }}
 {{- end }}
 {{- $workers = add $workers $most }}
 {{- end }}
 {{- if not $workers }}
 {{- fail "ray.workerGroups has no worker; give a group replicas, since the head runs no model" }}
+{{- end }}
+{{- $cache := .Values.cache }}
+{{- if and (eq $cache.type "pvc") (not $cache.existingClaim) (not (has "ReadWriteMany" $cache.accessModes)) (gt (int $workers) 1) }}
+{{- fail (printf "cache.accessModes is %s and there are up to %d workers, on several nodes; give it ReadWriteMany, or take cache.type emptyDir" (join ", " $cache.accessModes) $workers) }}
+{{- end }}
+{{- if gt (int .Values.gateway.replicas) (int $workers) }}
+{{- fail (printf "gateway.replicas is %d and there are %d workers at most, with one gateway each; leave it null for one on every worker" (int .Values.gateway.replicas) $workers) }}
 {{- end }}
 {{- end }}
 
@@ -60,6 +104,16 @@
 {{- $most := int (default 1 $scaling.max_replicas) }}
 {{- if lt $most $least }}
 {{- fail (printf "%s: scaling.max_replicas, %d, is below min_replicas, %d" $place $most $least) }}
+{{- end }}
+{{- $gpus := dig "gpus" 0 (default dict .resources) | float64 }}
+{{- if and (eq (default "auto" .device) "cuda") (not $gpus) }}
+{{- fail (printf "%s: device is cuda and resources.gpus is 0; give it 1 or a fraction" $place) }}
+{{- end }}
+{{- if and (eq (default "auto" .device) "cpu") $gpus }}
+{{- fail (printf "%s: resources.gpus is %v and device is cpu; leave one of them out" $place $gpus) }}
+{{- end }}
+{{- if and (gt $gpus 1.0) (ne (floor $gpus) $gpus) }}
+{{- fail (printf "%s: resources.gpus is %v, and an amount above 1 is whole; a replica takes a part of one GPU, or whole ones" $place $gpus) }}
 {{- end }}
 {{- include "roundhouse.checkSize" (dict "root" $ "place" $place "resources" (default dict .resources)) }}
 {{- end }}

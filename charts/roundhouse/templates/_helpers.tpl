@@ -59,6 +59,14 @@ annotations:
 {{- end }}
 {{- end }}
 
+{{/*
+Name of the Lease. It is the namespace's, not the release's: Helm refuses a second release there, whose controller would
+fight over the same Models.
+*/}}
+{{- define "roundhouse.lease" -}}
+roundhouse-controller
+{{- end }}
+
 {{- define "roundhouse.tokenSecret" -}}
 {{- default (printf "%s-ray-token" (include "roundhouse.fullname" .)) .Values.ray.token.existingSecret }}
 {{- end }}
@@ -130,7 +138,6 @@ securityContext:
 - {name: tmp, mountPath: /tmp}
 - {name: shm, mountPath: /dev/shm}
 - {name: token, mountPath: /etc/roundhouse/token, readOnly: true}
-- {name: cache, mountPath: /var/cache/roundhouse}
 {{- with .Values.extraVolumeMounts }}
 {{ toYaml . }}
 {{- end }}
@@ -148,17 +155,6 @@ securityContext:
     secretName: {{ include "roundhouse.tokenSecret" . }}
     items:
       - {key: auth_token, path: auth_token}
-- name: cache
-{{- if eq .Values.cache.type "pvc" }}
-  persistentVolumeClaim:
-    claimName: {{ default (printf "%s-cache" (include "roundhouse.fullname" .)) .Values.cache.existingClaim }}
-{{- else if eq .Values.cache.type "hostPath" }}
-  hostPath:
-    path: {{ .Values.cache.hostPath }}
-    type: DirectoryOrCreate
-{{- else }}
-  emptyDir: {}
-{{- end }}
 {{- with .Values.extraVolumes }}
 {{ toYaml . }}
 {{- end }}
@@ -203,13 +199,16 @@ The shell's words that run Ray until a signal ends it. Takes (dict "root" "node"
 and hands over the whole command.
 */}}
 {{- define "roundhouse.rayStart" -}}
+# The first process of a container ignores a signal that it does not handle, and Ray's handles none. When it ends, all
+# others are killed, so it waits until Ray has ended.
+trap 'kill -TERM $!; wait $!; exit $?' TERM INT
 roundhouse follow-logs &
 {{ if eq .root.Values.ray.provider "kuberay" -}}
 eval "exec $KUBERAY_GEN_RAY_START_CMD" &
 {{- else -}}
 ray start {{ .node }}{{ range $key, $value := fromYaml .params }} --{{ $key }}={{ $value }}{{ end }} --disable-usage-stats --block &
 {{- end }}
-{{ include "roundhouse.endOnSignal" . | trim }}
+wait $!
 {{- end }}
 
 {{/* Where a pod of the cluster sends requests to models. */}}
@@ -220,7 +219,7 @@ http://{{ include "roundhouse.fullname" . }}-inference.{{ .Release.Namespace }}.
 {{/* What callers should be told. */}}
 {{- define "roundhouse.publicUrl" -}}
 {{- if .Values.publicUrl -}}
-{{ .Values.publicUrl }}
+{{ trimSuffix "/" .Values.publicUrl }}
 {{- else if and .Values.ingress.enabled .Values.ingress.host -}}
 http{{ if .Values.ingress.tlsSecretName }}s{{ end }}://{{ .Values.ingress.host }}
 {{- else -}}
@@ -256,9 +255,9 @@ priorityClassName: {{ . }}
 {{- $workers }}
 {{- end }}
 
-{{/* How many gateway replicas there are: by default one a worker, which makes every worker a way in. */}}
+{{/* How many gateway replicas there are: by default one a worker, which makes every worker a way in. Ray takes no 0. */}}
 {{- define "roundhouse.gatewayReplicas" -}}
-{{- default (include "roundhouse.workers" .) .Values.gateway.replicas }}
+{{- default (include "roundhouse.workers" . | int | max 1) .Values.gateway.replicas }}
 {{- end }}
 
 {{/* A group of workers with what it leaves out. Sprig's merge would take a 0 that is given for left out. */}}
@@ -304,11 +303,4 @@ priorityClassName: {{ . }}
 {{- $bytes = mulf $bytes (ternary 1024 1000 (hasSuffix "i" $suffix)) }}
 {{- end }}
 {{- int64 $bytes }}
-{{- end }}
-
-{{/* The first process of a container ignores a signal that it does not handle, and Ray's handles none. */}}
-{{- define "roundhouse.endOnSignal" -}}
-child=$!
-trap 'kill -TERM $child' TERM INT
-wait $child
 {{- end }}

@@ -1,3 +1,27 @@
+{{/* What a worker's container asks for. Its GPUs are always those that Ray counts. Takes a group of workers. */}}
+{{- define "roundhouse.workerResources" -}}
+{{- $made := dict "requests" (dict "cpu" (toString .cpus) "memory" .memory) "limits" (dict "memory" .memory) }}
+{{- $resources := deepCopy (default $made .resources) }}
+{{- if .gpus }}
+{{- $_ := set $resources "limits" (merge (default dict $resources.limits) (dict .gpuResource (toString .gpus))) }}
+{{- end }}
+{{- toYaml $resources }}
+{{- end }}
+
+{{- define "roundhouse.cacheVolume" -}}
+{{- if eq .Values.cache.type "pvc" }}
+persistentVolumeClaim:
+  claimName: {{ default (printf "%s-cache" (include "roundhouse.fullname" .)) .Values.cache.existingClaim }}
+{{- else if eq .Values.cache.type "hostPath" }}
+# A folder that the kubelet made would belong to root, and no worker could write there.
+hostPath:
+  path: {{ .Values.cache.hostPath }}
+  type: Directory
+{{- else }}
+emptyDir: {}
+{{- end }}
+{{- end }}
+
 {{/* The pod of a worker, of either provider. Takes (dict "root" "worker"). */}}
 {{- define "roundhouse.workerPod" -}}
 {{- $root := .root -}}
@@ -64,20 +88,12 @@ containers:
       periodSeconds: 10
       failureThreshold: 6
     resources:
-      {{- if $worker.resources }}
-      {{- toYaml $worker.resources | nindent 6 }}
-      {{- else }}
-      requests:
-        cpu: {{ $worker.cpus }}
-        memory: {{ $worker.memory }}
-      limits:
-        memory: {{ $worker.memory }}
-        {{- if $worker.gpus }}
-        {{ $worker.gpuResource }}: {{ $worker.gpus }}
-        {{- end }}
-      {{- end }}
+      {{- include "roundhouse.workerResources" $worker | nindent 6 }}
     volumeMounts:
       {{- include "roundhouse.rayMounts" $root | nindent 6 }}
+      - {name: cache, mountPath: /var/cache/roundhouse}
 volumes:
   {{- include "roundhouse.rayVolumes" $root | nindent 2 }}
+  - name: cache
+    {{- include "roundhouse.cacheVolume" $root | nindent 4 }}
 {{- end }}

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from serve.settings import Settings
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+_CLUSTER_OPTIONS = ("--context", "--namespace")
 
 
 @dataclass(frozen=True, slots=True)
@@ -473,6 +474,7 @@ def _parser() -> argparse.ArgumentParser:
         dest="command", metavar="COMMAND", required=True, parser_class=argparse.ArgumentParser
     )
     for command in (*COMMANDS, *CLUSTER_COMMANDS):
+                f"  roundhouse {'--context NAME':<{width}}Before or after a command, ask a cluster of the kubeconfig",
         subparser = commands.add_parser(
             command.name, prog=f"roundhouse {command.name}", description=f"{command.summary}.", allow_abbrev=False
         )
@@ -484,7 +486,10 @@ def _parser() -> argparse.ArgumentParser:
 def _misspelt(arguments: Sequence[str]) -> str | None:
     """Return a sentence about a first argument that is no command, or None."""
     names = [command.name for command in (*COMMANDS, *CLUSTER_COMMANDS)]
-    if not arguments or arguments[0].startswith("-") or arguments[0] in names:
+    option = arguments[0].partition("=")[0]
+    if option in _CLUSTER_OPTIONS:
+        return f"no command beside {option}; such as roundhouse {option} NAME status"
+    if arguments[0].startswith("-") or arguments[0] in names:
         return None
     import difflib
 
@@ -495,6 +500,14 @@ def _misspelt(arguments: Sequence[str]) -> str | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+
+def _command_first(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with what names a cluster after the command, whose own parser knows it."""
+    place = 0
+    while place < len(arguments) and arguments[place].partition("=")[0] in _CLUSTER_OPTIONS:
+        place += 1 if "=" in arguments[place] else 2
+    return [*arguments[place : place + 1], *arguments[:place], *arguments[place + 1 :]]
+
 
     Args:
         arguments: What follows `roundhouse`; None takes those of the process.
@@ -522,6 +535,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
+    arguments = _command_first(arguments)
     return status
 
 

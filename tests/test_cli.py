@@ -153,6 +153,9 @@ def test_help_imports_nothing_heavy():
         (["check", "--jsn"], "unrecognized arguments: --jsn"),
         (["check", "a", "b"], "unrecognized arguments: b"),
         (["--nope"], "required: COMMAND"),
+        (["--context", "prod"], "no command beside --context; such as roundhouse --context NAME status"),
+        (["--context", "prod", "chek"], "no command 'chek'; did you mean check?"),
+        (["--context", "prod", "check"], "unrecognized arguments: --context"),
     ],
 )
 def test_wrong_usage_says_what_is_right(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]):

@@ -153,8 +153,19 @@ def _remote_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--namespace", metavar="NAME", help="with --context; default: the context's")
 
 
+def _asks_cluster(options: argparse.Namespace) -> bool:
+    """Tell whether a cluster is asked rather than this machine's platform.
+
+    Raises:
+        RoundhouseError: It is not, and a namespace is given, which only a cluster has.
+    """
+    if options.context is None and options.namespace is not None:
+        raise RoundhouseError("--namespace is a cluster's; give --context too, '' for the kubeconfig's current one")
+    return options.context is not None
+
+
 def _status(options: argparse.Namespace) -> int:
-    if options.context is not None:
+    if _asks_cluster(options):
         return _cluster_status(options)
     from serve.runtime.status import fetch_status, render_status
 
@@ -196,7 +207,7 @@ def _predict(options: argparse.Namespace) -> int:
     def ask(url: str) -> int:
         return answer(url, options.model, options.inputs, as_json=options.json, max_tokens=options.max_tokens)
 
-    if options.context is not None:
+    if _asks_cluster(options):
         from serve.cluster.remote import forwarded
 
         with forwarded(options.context, options.namespace) as url:
@@ -217,7 +228,11 @@ def _logs_arguments(parser: argparse.ArgumentParser) -> None:
 def _logs(options: argparse.Namespace) -> int:
     from serve.cluster.remote import logs_of
 
-    for line in logs_of(options.model, options.context, options.namespace, lines=options.lines, follow=options.follow):
+    def say(line: str) -> None:
+        print(f"roundhouse: {line}", file=sys.stderr, flush=True)
+
+    place = options.context, options.namespace
+    for line in logs_of(options.model, *place, lines=options.lines, follow=options.follow, say=say):
         print(line, flush=True)
     return OK
 
@@ -385,9 +400,9 @@ def _workers(options: argparse.Namespace) -> list[Worker]:
     from serve.cluster.plan import workers_of_nodes, workers_of_values
 
     if options.context is not None:
-        from serve.cluster.kube import Cluster, connect
+        from serve.cluster.remote import fetch_nodes
 
-        return workers_of_nodes(Cluster(connect(options.context), "default").call("GET", "/api/v1/nodes"))
+        return workers_of_nodes(fetch_nodes(options.context))
     path = options.values or options.nodes
     try:
         document = yaml.safe_load(Path(path).read_bytes())
@@ -459,6 +474,7 @@ class _Parser(argparse.ArgumentParser):
                 f"The pods of a cluster run {', '.join(command.name for command in CLUSTER_COMMANDS)}.",
                 "",
                 f"  roundhouse {'COMMAND --help':<{width}}What one command takes",
+                f"  roundhouse {'--context NAME':<{width}}Before or after a command, ask a cluster of the kubeconfig",
                 f"  roundhouse {'--version':<{width}}Print the version",
                 "",
                 "docs/models-yaml.md describes a declaration; settings are ROUNDHOUSE_* variables.",
@@ -474,13 +490,20 @@ def _parser() -> argparse.ArgumentParser:
         dest="command", metavar="COMMAND", required=True, parser_class=argparse.ArgumentParser
     )
     for command in (*COMMANDS, *CLUSTER_COMMANDS):
-                f"  roundhouse {'--context NAME':<{width}}Before or after a command, ask a cluster of the kubeconfig",
         subparser = commands.add_parser(
             command.name, prog=f"roundhouse {command.name}", description=f"{command.summary}.", allow_abbrev=False
         )
         command.arguments(subparser)
         subparser.set_defaults(run=command.run)
     return parser
+
+
+def _command_first(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with what names a cluster after the command, whose own parser knows it."""
+    place = 0
+    while place < len(arguments) and arguments[place].partition("=")[0] in _CLUSTER_OPTIONS:
+        place += 1 if "=" in arguments[place] else 2
+    return [*arguments[place : place + 1], *arguments[:place], *arguments[place + 1 :]]
 
 
 def _misspelt(arguments: Sequence[str]) -> str | None:
@@ -501,14 +524,6 @@ def _misspelt(arguments: Sequence[str]) -> str | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 
-def _command_first(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with what names a cluster after the command, whose own parser knows it."""
-    place = 0
-    while place < len(arguments) and arguments[place].partition("=")[0] in _CLUSTER_OPTIONS:
-        place += 1 if "=" in arguments[place] else 2
-    return [*arguments[place : place + 1], *arguments[:place], *arguments[place + 1 :]]
-
-
     Args:
         arguments: What follows `roundhouse`; None takes those of the process.
     """
@@ -520,6 +535,7 @@ def _command_first(arguments: Sequence[str]) -> list[str]:
     if not arguments:
         parser.print_help()
         return USAGE
+    arguments = _command_first(arguments)
     if misspelt := _misspelt(arguments):
         parser.error(misspelt)
     options = parser.parse_args(arguments)
@@ -535,7 +551,6 @@ def _command_first(arguments: Sequence[str]) -> list[str]:
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
-    arguments = _command_first(arguments)
     return status
 
 

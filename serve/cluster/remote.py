@@ -3,40 +3,105 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import socket
 import socketserver
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import urllib3
+import yaml
 from kubernetes import client as kube
-from kubernetes import config as kube_config
 from kubernetes import stream as kube_stream
 from kubernetes.client.exceptions import ApiException
+from kubernetes.config import kube_config
 
 from serve.cluster.kube import ApiUnavailable, Cluster, Missing, connect
+from serve.errors import RoundhouseError
 
 _WORKERS = "app.kubernetes.io/part-of=roundhouse,app.kubernetes.io/component=worker"
 _PORT = 8000
 _AT_ONCE = 64 * 1024
+# What the client library raises over a kubeconfig of another form, or whose certificates are not there.
+_UNUSABLE = (kube_config.ConfigException, ApiUnavailable, LookupError, TypeError, AttributeError, ValueError, OSError)
 
 
-def namespace_of(context: str) -> str:
-    """Return the namespace that a context of the kubeconfig names, or `default`.
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where the command line asks: a context of the kubeconfig, by its name, and a namespace."""
+
+    context: str
+    namespace: str
+
+    def client(self) -> kube.ApiClient:
+        """Return a client of its own."""
+        with _reading_kubeconfig():
+            return connect(self.context)
+
+    @contextlib.contextmanager
+    def cluster(self) -> Iterator[Cluster]:
+        """Yield the namespace, and tell of an API server that does not answer where it should be and why."""
+        client = self.client()
+        try:
+            yield Cluster(client, self.namespace)
+        except ApiUnavailable as error:
+            if not isinstance(error.__cause__, (urllib3.exceptions.HTTPError, OSError)):
+                raise
+            raise ApiUnavailable(
+                f"the API server of context {self.context!r}, {client.configuration.host}, does not answer "
+                f"({_root_of(error.__cause__)}); `kubectl --context {self.context} version` shows whether it is "
+                "reached from here"
+            ) from error
+
+
+def _root_of(error: BaseException) -> str:
+    """Return the words of what is behind an error, without the layers that handed it on."""
+    while (inner := getattr(error, "reason", None) or error.__cause__) and isinstance(inner, BaseException):
+        error = inner
+    return str(getattr(error, "strerror", None) or error)
+
+
+@contextlib.contextmanager
+def _reading_kubeconfig() -> Iterator[None]:
+    """Tell what is wrong with the kubeconfig, of which the client library raises whatever it stumbles over."""
+    path = kube_config.KUBE_CONFIG_DEFAULT_LOCATION
+    if not any(Path(part).expanduser().exists() for part in path.split(os.pathsep) if part):
+        raise ApiUnavailable(f"there is no kubeconfig {path}; set KUBECONFIG to the file that kubectl takes")
+    try:
+        yield
+    except yaml.YAMLError as error:
+        told = " ".join(str(error).split())
+        raise ApiUnavailable(f"the kubeconfig {path} is not YAML: {told}; mend that line") from error
+    except _UNUSABLE as error:
+        cause = error.__cause__ or error if isinstance(error, ApiUnavailable) else error
+        told = f"lacks {cause}" if isinstance(cause, KeyError) else f"cannot be used: {cause}"
+        raise ApiUnavailable(
+            f"the kubeconfig {path} {told}; `kubectl config view` shows it, KUBECONFIG names another"
+        ) from error
+
+
+def _place(context: str, namespace: str | None) -> _Place:
+    """Return a context, empty for the kubeconfig's current one, and the namespace, by default the context's.
 
     Raises:
         ApiUnavailable: There is no such context.
     """
-    try:
-        contexts, current = kube_config.list_kube_config_contexts()
-    except kube_config.ConfigException as error:
-        raise ApiUnavailable(f"no way to a cluster: {error}") from error
-    named = next((one for one in contexts if one["name"] == context), None) if context else current
-    if named is None:
-        known = ", ".join(one["name"] for one in contexts) or "none"
-        raise ApiUnavailable(f"the kubeconfig has no context {context!r}; it has {known}")
-    return str(named["context"].get("namespace") or "default")
+    path = kube_config.KUBE_CONFIG_DEFAULT_LOCATION
+    with _reading_kubeconfig():
+        config = kube_config.KubeConfigMerger(path).config.value
+        contexts = {one.value["name"]: one.value["context"] or {} for one in config["contexts"]}
+        name = context or config.get("current-context") or ""
+        known = ", ".join(contexts) or "none"
+        found = str(namespace or contexts.get(name, {}).get("namespace") or "default")
+    if not name:
+        raise ApiUnavailable(f"the kubeconfig {path} has no current context; name one with --context: it has {known}")
+    if name not in contexts:
+        raise ApiUnavailable(f"the kubeconfig {path} has no context {name!r}; it has {known}")
+    return _Place(name, found)
 
 
 def fetch_models(context: str, namespace: str | None) -> tuple[str, list[dict[str, Any]]]:
@@ -45,11 +110,22 @@ def fetch_models(context: str, namespace: str | None) -> tuple[str, list[dict[st
     Raises:
         ApiUnavailable: There is no such context, or the API server refuses or does not answer.
     """
-    found = namespace or namespace_of(context)
+    place = _place(context, namespace)
+    return place.namespace, _models_of(place)
+
+
+def _models_of(place: _Place) -> list[dict[str, Any]]:
     try:
-        return found, Cluster(connect(context), found).list_models()[0]
+        with place.cluster() as cluster:
+            return cluster.list_models()[0]
     except Missing as error:
         raise ApiUnavailable("the cluster has no Model resource; install the chart first") from error
+
+
+def fetch_nodes(context: str) -> dict[str, Any]:
+    """Return a cluster's nodes, a list object; raises ApiUnavailable as `fetch_models`."""
+    with _place(context, None).cluster() as cluster:
+        return cluster.call("GET", "/api/v1/nodes")
 
 
 def told(models: Sequence[Mapping[str, Any]]) -> str:
@@ -58,7 +134,7 @@ def told(models: Sequence[Mapping[str, Any]]) -> str:
     for model in models:
         status = model.get("status", {})
         replicas = f"{status.get('readyReplicas', 0)}/{status.get('replicas', 0)}"
-        name, task = model["metadata"]["name"], model["spec"]["task"]
+        name, task = model["metadata"]["name"], model.get("spec", {}).get("task", "-")
         rows.append((name, task, status.get("phase", "Queued"), replicas, status.get("message", "")))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
@@ -69,40 +145,62 @@ def all_ready(models: Sequence[Mapping[str, Any]]) -> bool:
     return all(model.get("status", {}).get("phase") == "Ready" for model in models)
 
 
-def logs_of(model: str, context: str, namespace: str | None, *, lines: int, follow: bool) -> Iterator[str]:
+def logs_of(
+    model: str, context: str, namespace: str | None, *, lines: int, follow: bool, say: Callable[[str], None]
+) -> Iterator[str]:
     """Yield what a model's replicas print and log, each line with its pod.
 
     Args:
         lines: How many lines of each pod's log are looked through.
         follow: Whether to go on with those that come, from the pods that there are now.
+        say: Told of each pod whose log cannot be read, such as one that has not started.
 
     Raises:
-        ApiUnavailable: As `fetch_models`, or there is no such Model.
+        ApiUnavailable: As `fetch_models`, there is no such Model, or no pod has a log that can be read.
     """
-    found, models = fetch_models(context, namespace)
-    if model not in {each["metadata"]["name"] for each in models}:
-        raise ApiUnavailable(f"namespace {found} has no Model {model!r}; `roundhouse status --context` lists them")
-    cluster = Cluster(connect(context), found)
-    pods = [pod["metadata"]["name"] for pod in cluster.list_pods(_WORKERS)]
-    begins = f"{model} | "
-    if not follow:
+    place = _place(context, namespace)
+    if model not in {each["metadata"]["name"] for each in _models_of(place)}:
+        raise ApiUnavailable(
+            f"namespace {place.namespace} has no Model {model!r}; `roundhouse status --context` lists them"
+        )
+    with place.cluster() as cluster:
+        pods = [pod["metadata"]["name"] for pod in cluster.list_pods(_WORKERS)]
+    skipped: list[str] = []
+
+    def read(pod: str) -> Iterator[str]:
+        try:
+            with place.cluster() as cluster:
+                for line in cluster.log_of(pod, lines=lines, follow=follow):
+                    if line.startswith(f"{model} | "):
+                        yield f"{pod} {line.removeprefix(f'{model} | ')}"
+        except (ApiUnavailable, Missing) as error:
+            skipped.append(pod)
+            say(f"skipped pod {pod}: {error}")
+
+    if follow:
+        yield from _at_once([read(pod) for pod in pods])
+    else:
         for pod in pods:
-            for line in cluster.log_of(pod, lines=lines, follow=False):
-                if line.startswith(begins):
-                    yield f"{pod} {line.removeprefix(begins)}"
-        return
+            yield from read(pod)
+    if len(skipped) == len(pods):
+        raise ApiUnavailable(
+            f"no worker in namespace {place.namespace} has a log to read; "
+            f"`kubectl get pods --namespace {place.namespace}` tells why"
+        )
+
+
+def _at_once(sources: Sequence[Iterator[str]]) -> Iterator[str]:
+    """Yield what several iterators yield, as it comes."""
     arrived: queue.Queue[str | None] = queue.Queue()
 
-    def read(pod: str) -> None:
-        with contextlib.suppress(ApiUnavailable, Missing):
-            for line in Cluster(connect(context), found).log_of(pod, lines=lines, follow=True):
-                if line.startswith(begins):
-                    arrived.put(f"{pod} {line.removeprefix(begins)}")
+    def drain(source: Iterator[str]) -> None:
+        for line in source:
+            arrived.put(line)
         arrived.put(None)
 
-    for pod in pods:
-        threading.Thread(target=read, args=(pod,), daemon=True).start()
-    for _ in pods:
+    for source in sources:
+        threading.Thread(target=drain, args=(source,), daemon=True).start()
+    for _ in sources:
         yield from iter(arrived.get, None)
 
 
@@ -111,18 +209,27 @@ def forwarded(context: str, namespace: str | None) -> Iterator[str]:
     """Reach a cluster's models from here, through its API server; yields the URL.
 
     Raises:
-        ApiUnavailable: As `fetch_models`, or no worker is ready.
+        ApiUnavailable: As `fetch_models`, no worker is ready, or the API server lets nothing through to it.
     """
-    found = namespace or namespace_of(context)
-    pods = [pod for pod in Cluster(connect(context), found).list_pods(_WORKERS) if _is_ready(pod)]
+    place = _place(context, namespace)
+    with place.cluster() as cluster:
+        pods = [pod for pod in cluster.list_pods(_WORKERS) if _is_ready(pod)]
     if not pods:
         raise ApiUnavailable(
-            f"no worker in namespace {found} is ready; `kubectl get pods --namespace {found}` tells why"
+            f"no worker in namespace {place.namespace} is ready; "
+            f"`kubectl get pods --namespace {place.namespace}` tells why"
         )
-    server = _Forwarder(context, found, pods[0]["metadata"]["name"])
+    server = _Forwarder(place, pods[0]["metadata"]["name"])
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}"
+    except RoundhouseError as error:
+        if not server.refused:
+            raise
+        raise ApiUnavailable(
+            f"the API server does not forward to pod {server.pod}: {server.refused}; "
+            f"`kubectl auth can-i create pods/portforward --namespace {place.namespace}` tells whether you may"
+        ) from error
     finally:
         server.shutdown()
         server.server_close()
@@ -138,9 +245,10 @@ class _Forwarder(socketserver.ThreadingTCPServer):
 
     daemon_threads = True
 
-    def __init__(self, context: str, namespace: str, pod: str) -> None:
+    def __init__(self, place: _Place, pod: str) -> None:
         super().__init__(("127.0.0.1", 0), _Connection)
-        self.context, self.namespace, self.pod = context, namespace, pod
+        self.place, self.pod = place, pod
+        self.refused = ""
 
 
 class _Connection(socketserver.BaseRequestHandler):
@@ -148,12 +256,16 @@ class _Connection(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         # A stream changes the client that it goes through, so each has its own.
-        core = kube.CoreV1Api(connect(self.server.context))
+        core = kube.CoreV1Api(self.server.place.client())
         try:
             ports = kube_stream.portforward(
-                core.connect_get_namespaced_pod_portforward, self.server.pod, self.server.namespace, ports=str(_PORT)
+                core.connect_get_namespaced_pod_portforward,
+                self.server.pod,
+                self.server.place.namespace,
+                ports=str(_PORT),
             )
-        except ApiException:
+        except ApiException as error:
+            self.server.refused = str(error.reason)
             return
         far = ports.socket(_PORT)
         back = threading.Thread(target=_pump, args=(far, self.request), daemon=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -14,22 +15,36 @@ from serve.spec import ModelSpec
 # Ray counts in ten-thousandths; whole numbers of them add up without error.
 _UNIT = 10_000
 _GATEWAY_CPU = 100
-_GPU = "nvidia.com/gpu"
-_SUFFIXES = {"": Fraction(1), "m": Fraction(1, 1000)} | {
+_GPUS = re.compile(r"nvidia\.com/(gpu(\.shared)?|mig-.+)|amd\.com/gpu")
+_SUFFIXES = {"": Fraction(1), "m": Fraction(1, 1000), "u": Fraction(1, 10**6), "n": Fraction(1, 10**9)} | {
     letter + binary: Fraction(1024 if binary else 1000) ** power
     for binary in ("", "i")
     for power, letter in enumerate("KMGTPE" if binary else "kMGTPE", start=1)
 }
+_QUANTITY = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,2}|[a-zA-Z]*)")
+
+#: The groups that the chart's values begin with, which a site's values are laid over.
+CHART_GROUPS: Mapping[str, Mapping[str, Any]] = {
+    "cpu": {"replicas": 2, "maxReplicas": None, "cpus": 4, "memory": "8Gi", "gpus": 0, "resources": {}}
+}
+#: What a group of another name takes where its values do not say.
+GROUP_DEFAULTS: Mapping[str, Any] = {"replicas": 1, "cpus": 4, "memory": "8Gi", "gpus": 0, "resources": {}}
+#: What the chart gives Ray's object store on each worker.
+OBJECT_STORE_BYTES = 80 * 2**20
+#: What Ray's own processes take on each worker: 430 MB were measured, of them 180 MB for a proxy and a gateway.
+RAY_BYTES = 512 * 2**20
+_MOST_CPUS, _MOST_GPUS, _MOST_WORKERS = 1024, 64, 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """What one worker has: CPU cores, bytes of memory, whole GPUs."""
+    """What one worker has for models: CPU cores, bytes of memory, whole GPUs, less its part of a gateway's CPU."""
 
     name: str
     cpus: float
     memory: int
     gpus: int
+    has_gateway: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +93,7 @@ class _Room:
 
     def __init__(self, worker: Worker) -> None:
         self.name = worker.name
-        # The gateway has a replica on every worker.
-        self.cpus = max(0, round(worker.cpus * _UNIT) - _GATEWAY_CPU)
+        self.cpus = max(0, round(worker.cpus * _UNIT) - _GATEWAY_CPU * worker.has_gateway)
         self.memory = worker.memory
         self.gpus = [_UNIT] * worker.gpus
         self.models: list[str] = []
@@ -158,21 +172,87 @@ def _nearest(spec: ModelSpec, rooms: Sequence[_Room]) -> tuple[dict[str, float],
 
 
 def workers_of_values(values: Any) -> list[Worker]:
-    """Return the workers of the chart's `ray.workerGroups`.
+    """Return the workers of the chart's `ray.workerGroups`, with what the chart sets where the values do not.
+
+    Where KubeRay adds workers, these are all that it may add. Gateways are on the smallest, as they need least.
 
     Raises:
-        SpecError: There are none, or one is not of that form.
+        SpecError: A group is not one that the chart takes.
     """
-    try:
-        return [
-            Worker(f"{name}-{index}", float(group["cpus"]), _bytes(group["memory"]), int(group.get("gpus", 0)))
-            for name, group in values["ray"]["workerGroups"].items()
-            for index in range(int(group.get("replicas", 1)))
-        ]
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
+    ray = _mapping(values, "ray")
+    autoscaling = _mapping(_mapping(ray, "kuberay", "ray."), "autoscaling", "ray.kuberay.")
+    scales = ray.get("provider") == "kuberay" and autoscaling.get("enabled") is not False
+    workers, least = [], 0
+    for name, group in _groups(ray):
+        place = f"ray.workerGroups.{name}"
+        replicas, most = _replicas(group, place, scales=scales)
+        worker = _worker_of_group(name, group, place)
+        least += replicas
+        workers += [replace(worker, name=f"{name}-{index}") for index in range(most)]
+    given = _mapping(values, "gateway").get("replicas")
+    gateways = _whole(given, "gateway.replicas", most=_MOST_WORKERS) if given else max(1, least)
+    small = {worker.name for worker in sorted(workers, key=lambda worker: worker.cpus)[:gateways]}
+    return [replace(worker, has_gateway=worker.name in small) for worker in workers]
+
+
+def _mapping(parent: Any, key: str, place: str = "") -> Mapping[str, Any]:
+    """Return what is at a key of the values, empty where nothing is."""
+    if parent is not None and not isinstance(parent, Mapping):
+        raise SpecError(f"{place.rstrip('.') or 'the values'}: {parent!r} is not a mapping")
+    found = (parent or {}).get(key)
+    if found is not None and not isinstance(found, Mapping):
+        raise SpecError(f"{place}{key}: {found!r} is not a mapping")
+    return found or {}
+
+
+def _groups(ray: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the groups that Helm makes of the chart's values and a site's, where a null takes away."""
+    if "workerGroups" in ray and ray["workerGroups"] is None:
+        return
+    given = _mapping(ray, "workerGroups", "ray.")
+    for name in [*CHART_GROUPS, *(name for name in given if name not in CHART_GROUPS)]:
+        if name in given and given[name] is None:
+            continue
+        merged = {**CHART_GROUPS.get(name, {}), **_mapping(given, name, "ray.workerGroups.")}
+        yield name, {**GROUP_DEFAULTS, **{key: value for key, value in merged.items() if value is not None}}
+
+
+def _replicas(group: Mapping[str, Any], place: str, *, scales: bool) -> tuple[int, int]:
+    """Return how many workers a group has at least and at most."""
+    replicas = _whole(group["replicas"], f"{place}.replicas", most=_MOST_WORKERS)
+    most = _whole(group.get("maxReplicas") or replicas, f"{place}.maxReplicas", most=_MOST_WORKERS)
+    if most > replicas and not scales:
         raise SpecError(
-            f"no worker groups in the values ({error}); ray.workerGroups.NAME takes cpus, memory"
-        ) from error
+            f"{place}.maxReplicas: {most} is above replicas, {replicas}, and only KubeRay's autoscaling adds workers;"
+            " set replicas, or ray.provider kuberay with ray.kuberay.autoscaling.enabled"
+        )
+    if most < replicas:
+        raise SpecError(f"{place}.maxReplicas: {most} is below replicas, {replicas}")
+    return replicas, most
+
+
+def _worker_of_group(name: str, group: Mapping[str, Any], place: str) -> Worker:
+    cpus = group["cpus"]
+    if not isinstance(cpus, (int, float)) or isinstance(cpus, bool) or not 0 < cpus <= _MOST_CPUS:
+        raise SpecError(f"{place}.cpus: {cpus!r} is not a number above 0 and at most {_MOST_CPUS}")
+    limit = _mapping(_mapping(group, "resources", f"{place}."), "limits", f"{place}.resources.").get("memory")
+    where = "memory" if limit is None else "resources.limits.memory"
+    try:
+        memory = _bytes(group["memory"] if limit is None else limit)
+    except ValueError as error:
+        raise SpecError(f"{place}.{where}: {error}") from error
+    return Worker(name, float(cpus), _left(memory), _whole(group["gpus"], f"{place}.gpus", most=_MOST_GPUS))
+
+
+def _whole(value: object, place: str, *, most: int) -> int:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= most and value == int(value):
+        return int(value)
+    raise SpecError(f"{place}: {value!r} is not a whole number from 0 to {most}")
+
+
+def _left(memory: int) -> int:
+    """Return what models may take of a worker's memory."""
+    return max(0, memory - OBJECT_STORE_BYTES - RAY_BYTES)
 
 
 def workers_of_nodes(nodes: Any) -> list[Worker]:
@@ -191,14 +271,13 @@ def workers_of_nodes(nodes: Any) -> list[Worker]:
 def _takes_pods(node: Mapping[str, Any]) -> bool:
     spec = node.get("spec", {})
     taints = [taint for taint in spec.get("taints", ()) if taint["effect"] in ("NoSchedule", "NoExecute")]
-    return not spec.get("unschedulable") and all(taint["key"] == _GPU for taint in taints)
+    return not spec.get("unschedulable") and all(_GPUS.fullmatch(taint["key"]) for taint in taints)
 
 
 def _worker(node: Mapping[str, Any]) -> Worker:
     room = node["status"]["allocatable"]
-    return Worker(
-        node["metadata"]["name"], float(_quantity(room["cpu"])), _bytes(room["memory"]), int(room.get(_GPU, 0))
-    )
+    gpus = sum(int(_quantity(amount)) for name, amount in room.items() if _GPUS.fullmatch(name))
+    return Worker(node["metadata"]["name"], float(_quantity(room["cpu"])), _left(_bytes(room["memory"])), gpus)
 
 
 def _bytes(written: object) -> int:
@@ -206,10 +285,13 @@ def _bytes(written: object) -> int:
 
 
 def _quantity(written: object) -> Fraction:
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([a-zA-Z]*)", str(written))
-    if match is None or match[2] not in _SUFFIXES:
-        raise ValueError(f"{written!r} is no quantity")
-    return Fraction(match[1]) * _SUFFIXES[match[2]]
+    match = _QUANTITY.fullmatch(str(written))
+    if match and match[2] in _SUFFIXES:
+        return Fraction(match[1]) * _SUFFIXES[match[2]]
+    if match and match[2][1:]:
+        with contextlib.suppress(ValueError):
+            return Fraction(match[1]) * Fraction(10) ** int(match[2][1:])
+    raise ValueError(f"{written!r} is no quantity such as 512Mi, 8Gi or 7e9")
 
 
 def told(found: Forecast) -> str:
@@ -222,6 +304,9 @@ def told(found: Forecast) -> str:
         lacking = ", ".join(_amount(name, amount) for name, amount in waits.lacking.items())
         where = f"on {waits.nearest}, which comes nearest" if waits.nearest else "as there is no worker"
         lines.append(f"{waits.model} replica {_replica(waits)} does not fit: lacks {lacking} {where}")
+    if any("memory" in waits.lacking for waits in found.unplaced):
+        taken = _amount("memory", OBJECT_STORE_BYTES + RAY_BYTES)
+        lines.append(f"Ray itself takes {taken} of each worker: its processes and its object store.")
     lines.append("A forecast for an empty cluster: Ray decides by what is free at the time.")
     return "\n".join(lines)
 

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from serve.cli import main
-from serve.cluster.plan import Worker, forecast, workers_of_nodes, workers_of_values
+from serve.cluster.plan import (
+    CHART_GROUPS,
+    GROUP_DEFAULTS,
+    OBJECT_STORE_BYTES,
+    RAY_BYTES,
+    Worker,
+    forecast,
+    workers_of_nodes,
+    workers_of_values,
+)
 from serve.errors import SpecError
 from serve.spec import ModelSpec
+
+CHART = Path(__file__).parents[2] / "charts" / "roundhouse"
+GIB = 2**30
+RAY = OBJECT_STORE_BYTES + RAY_BYTES
 
 
 def model(name: str, *, least: int = 1, most: int | None = None, **resources: object) -> ModelSpec:
@@ -88,21 +104,126 @@ def test_the_missing_amount_is_of_the_worker_that_comes_nearest():
     assert (waits.nearest, waits.lacking) == ("y", {"GPU": 1.0})
 
 
-def test_nodes_that_take_no_pods_are_left_out():
-    def node(name, **spec):
-        room = {"cpu": "3900m", "memory": "2Ki", "nvidia.com/gpu": "2"}
-        return {"metadata": {"name": name}, "spec": spec, "status": {"allocatable": room}}
+def node(name, gpus=None, memory="16Gi", **spec):
+    room = {"cpu": "3900m", "memory": memory, **({"nvidia.com/gpu": "2"} if gpus is None else gpus)}
+    return {"metadata": {"name": name}, "spec": spec, "status": {"allocatable": room}}
 
+
+def test_nodes_that_take_no_pods_are_left_out():
     control = {"key": "node-role.kubernetes.io/control-plane", "effect": "NoSchedule"}
     gpu = {"key": "nvidia.com/gpu", "effect": "NoSchedule"}
     nodes = [node("a", taints=[gpu]), node("b", unschedulable=True), node("c", taints=[control])]
-    assert workers_of_nodes({"items": nodes}) == [Worker("a", 3.9, 2048, 2)]
+    assert workers_of_nodes({"items": nodes}) == [Worker("a", 3.9, 16 * GIB - RAY, 2)]
 
 
-@pytest.mark.parametrize("values", [None, {}, {"ray": {"workerGroups": {"a": {"cpus": 1, "memory": "lots"}}}}])
-def test_values_without_worker_groups_are_refused(values):
-    with pytest.raises(SpecError, match="worker groups"):
+@pytest.mark.parametrize(
+    ("gpus", "count"),
+    [
+        ({"nvidia.com/mig-1g.5gb": "7", "nvidia.com/mig-3g.20gb": "1", "nvidia.com/gpu": "0"}, 8),
+        ({"amd.com/gpu": 4}, 4),
+        ({"nvidia.com/gpu.shared": "4"}, 4),
+        ({"nvidia.com/gpumem": "40", "hugepages-2Mi": "0"}, 0),
+    ],
+)
+def test_gpus_of_every_device_plugin_are_counted(gpus, count):
+    taint = {"key": next(iter(gpus)), "effect": "NoSchedule"}
+    workers = workers_of_nodes([node("a", gpus, taints=[taint] if count else [])])
+    assert [worker.gpus for worker in workers] == [count]
+
+
+@pytest.mark.parametrize(
+    ("written", "size"),
+    [("7e9", 7 * 10**9), ("7E9", 7 * 10**9), ("1.5e+10", 15 * 10**9), ("1E", 10**18), ("8000000000000m", 8 * 10**9)],
+)
+def test_quantities_are_those_of_kubernetes(written, size):
+    (worker,) = workers_of_nodes([node("a", memory=written)])
+    assert worker.memory == size - RAY
+
+
+@pytest.mark.parametrize("written", ["lots", "7e", "7e9Gi", "-1", "1e1000000000"])
+def test_what_is_no_quantity_is_refused(written):
+    with pytest.raises(SpecError, match="is no quantity"):
+        workers_of_nodes([node("a", memory=written)])
+
+
+def group(**given):
+    return {"ray": {"workerGroups": {"cpu": given}}}
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (group(cpus=float("inf")), "ray.workerGroups.cpu.cpus: inf is not a number above 0"),
+        (group(cpus=float("nan")), "ray.workerGroups.cpu.cpus: nan"),
+        (group(cpus="many"), "ray.workerGroups.cpu.cpus: 'many'"),
+        (group(gpus=0.5), "ray.workerGroups.cpu.gpus: 0.5 is not a whole number"),
+        (group(replicas=float("inf")), "ray.workerGroups.cpu.replicas: inf"),
+        (group(replicas=10**12), "ray.workerGroups.cpu.replicas: 1000000000000"),
+        (group(memory="lots"), "ray.workerGroups.cpu.memory: 'lots' is no quantity"),
+        (group(resources={"limits": {"memory": ".inf"}}), "ray.workerGroups.cpu.resources.limits.memory: '.inf'"),
+        (group(maxReplicas=4), "ray.workerGroups.cpu.maxReplicas: 4 is above replicas, 2, and only KubeRay"),
+        ({"ray": {"provider": "kuberay", **group(maxReplicas=1)["ray"]}}, "maxReplicas: 1 is below replicas, 2"),
+        ({"ray": {"workerGroups": {"cpu": 3}}}, "ray.workerGroups.cpu: 3 is not a mapping"),
+        ({"ray": ["cpu"]}, "ray: \\['cpu'\\] is not a mapping"),
+        ([], "the values: \\[\\] is not a mapping"),
+        ({"gateway": {"replicas": -1}}, "gateway.replicas: -1"),
+    ],
+)
+def test_values_that_the_chart_would_not_take_are_refused_by_their_place(values, said):
+    with pytest.raises(SpecError, match=said):
         workers_of_values(values)
+
+
+def test_what_the_values_leave_out_is_what_the_chart_sets():
+    two = [Worker("cpu-0", 4.0, 8 * GIB - RAY, 0), Worker("cpu-1", 4.0, 8 * GIB - RAY, 0)]
+    assert workers_of_values(None) == workers_of_values({}) == two
+    assert workers_of_values(group(replicas=2)) == workers_of_values(group(cpus=None, gpus=0)) == two[:2]
+    assert workers_of_values(group(replicas=None)) == [Worker("cpu-0", 4.0, 8 * GIB - RAY, 0)]
+    assert workers_of_values({"ray": {"workerGroups": {"cpu": None, "gpu": {"gpus": 1}}}}) == [
+        Worker("gpu-0", 4.0, 8 * GIB - RAY, 1)
+    ]
+    assert workers_of_values({"ray": {"workerGroups": None}}) == []
+
+
+def test_the_defaults_are_the_charts():
+    from charts.values import WorkerGroup
+
+    groups = yaml.safe_load((CHART / "values.yaml").read_text())["ray"]["workerGroups"]
+    assert groups.keys() == CHART_GROUPS.keys()
+    for name, expected in CHART_GROUPS.items():
+        assert {key: groups[name][key] for key in expected} == expected
+    assert {key: WorkerGroup.model_fields[key].default for key in GROUP_DEFAULTS} == GROUP_DEFAULTS
+    helpers = (CHART / "templates" / "_helpers.tpl").read_text()
+    assert re.search(r'dict "replicas" 1 "cpus" 4 "memory" "8Gi" "gpus" 0 ', helpers)
+    assert str(OBJECT_STORE_BYTES) in helpers
+
+
+def test_kuberay_may_add_workers_up_to_the_most():
+    scaled = group(replicas=0, maxReplicas=4)["ray"] | {"provider": "kuberay"}
+    assert len(workers_of_values({"ray": scaled})) == 4
+    with pytest.raises(SpecError, match="maxReplicas: 4 is above replicas, 0"):
+        workers_of_values({"ray": scaled | {"kuberay": {"autoscaling": {"enabled": False}}}})
+
+
+def test_the_limit_of_a_pod_is_its_memory():
+    (worker,) = workers_of_values(group(replicas=1, memory="1Gi", resources={"limits": {"memory": "2Gi"}}))
+    assert worker.memory == 2 * GIB - RAY
+
+
+def test_only_as_many_workers_as_there_are_gateways_give_one_a_share():
+    values = group(cpus=2) | {"gateway": {"replicas": 1}}
+    found = forecast([model("a", least=2, cpus=2)], workers_of_values(values))
+    assert [(one.model, one.worker) for one in found.placed] == [("a", "cpu-1")]
+    assert [one.lacking for one in found.unplaced] == [{"CPU": 0.01}]
+    small = {"ray": {"workerGroups": {"cpu": {"replicas": 1}, "b": {"cpus": 1}}}, "gateway": {"replicas": 1}}
+    assert [worker.has_gateway for worker in workers_of_values(small)] == [False, True]
+
+
+def test_a_model_that_asks_for_all_of_a_workers_memory_does_not_fit_beside_ray():
+    workers = workers_of_values(group(replicas=1))
+    (waits,) = forecast([model("a", memory="8Gi")], workers).unplaced
+    assert waits.lacking == {"memory": RAY}
+    assert not forecast([model("a", memory=8 * GIB - RAY)], workers).unplaced
 
 
 def test_the_command_fails_where_something_does_not_fit(tmp_path, capsys):
@@ -117,3 +238,14 @@ def test_the_command_fails_where_something_does_not_fit(tmp_path, capsys):
     values.write_text("ray: {workerGroups: {cpu: {replicas: 1, cpus: 4, memory: 1Gi}}}")
     assert main([*asked, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["placed"][0]["worker"] == "cpu-0"
+
+
+def test_the_command_says_what_ray_takes_of_the_memory(tmp_path, capsys):
+    (tmp_path / "m.yaml").write_text(
+        "models: [{name: a, task: python, source: 'file:/m.py', options: {class: M}, resources: {memory: 8Gi}}]"
+    )
+    (tmp_path / "v.yaml").write_text("")
+    assert main(["plan", "-f", str(tmp_path / "m.yaml"), "--values", str(tmp_path / "v.yaml")]) == 1
+    printed = capsys.readouterr().out
+    assert "a replica 1 does not fit: lacks 592 MiB of memory on cpu-0" in printed
+    assert "Ray itself takes 592 MiB of memory of each worker" in printed

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from serve.schema import json_schema
-from serve.spec import COSTED_TASKS, NAME_PATTERN, OPTIONS, ModelSpec
+from serve.spec import COSTED_TASKS, NAME_PATTERN, OPTIONS, QUANTITY_PATTERN, RULES, ModelSpec, parse_quantity
 
 GROUP = "roundhouse.dev"
 VERSION = "v1alpha1"
@@ -15,7 +15,6 @@ KIND = "Model"
 FINALIZER = f"{GROUP}/application"
 
 _KEPT = ("type", "description", "enum", "pattern", "minimum", "maximum", "minLength", "maxLength")
-_LONGEST_TEXT = 4096
 _MAX_REPLICAS = 2**31 - 1
 
 
@@ -120,7 +119,7 @@ def _structural(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str
             merged: dict[str, Any] = {"x-kubernetes-int-or-string": True}
             for choice in choices:
                 merged |= {key: value for key, value in choice.items() if key in _KEPT and key != "type"}
-            return described | merged
+            return described | merged | (_quantity(merged["maximum"]) if merged["pattern"] == QUANTITY_PATTERN else {})
         schema = choices[0] | described
     result = {key: schema[key] for key in _KEPT if key in schema}
     for exclusive, bound in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
@@ -132,9 +131,40 @@ def _structural(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str
             result["required"] = schema["required"]
     elif schema.get("type") == "object":
         result["x-kubernetes-preserve-unknown-fields"] = True
-    if result.get("type") == "string" and "enum" not in result:
-        result.setdefault("maxLength", _LONGEST_TEXT)
     return result
+
+
+def _quantity(most: int) -> dict[str, Any]:
+    """Return what a quantity of bytes keeps to besides its pattern, as serve.spec.parse_quantity has it.
+
+    A fraction of a k, M, G or T is whole bytes by its number of digits. One of d digits, the last not 0, is whole in
+    2**n bytes where it is a multiple of 5**d and d is at most n; 18 digits are what an integer of CEL holds.
+    """
+    decimal = "|".join(f"([.][0-9]{{1,{3 * power}}}0*)?{suffix}" for power, suffix in enumerate("kMGT", start=1))
+    fives = ", ".join(str(5**digits) for digits in range(19))
+    suffixes = ("", *"kMGT", "Ki", "Mi", "Gi", "Ti")
+    sizes = ", ".join(f"'{suffix}': {parse_quantity(f'1{suffix}'):.1f}" for suffix in suffixes)
+    whole = "is a whole number of bytes, such as 512Mi, 1.5Gi or 1000000"
+    rules = [
+        ("self.matches('[1-9]') && self.find('^[0-9.]+').size() <= 30", "is at least one byte, in at most 30 digits"),
+        (f"self.endsWith('i') || self.matches('^[0-9]+(([.]0+)?|{decimal})$')", whole),
+        (
+            "!self.endsWith('i') || [self.find('[.][0-9]*[1-9]')].all(part, part == '' || "
+            "(part.size() <= (self.endsWith('Ki') ? 11 : 19) && "
+            f"int(part.substring(1)) % [{fives}][part.size() - 1] == 0))",
+            whole,
+        ),
+        (
+            f"double(self.find('^[0-9.]+')) * {{{sizes}}}[self.find('[kKMGTi]*$')] <= {most:.1f}",
+            f"is at most {most} bytes",
+        ),
+    ]
+    return {
+        "maxLength": 32,
+        "x-kubernetes-validations": [
+            {"rule": f"type(self) != string || ({rule})", "message": f"a quantity {message}"} for rule, message in rules
+        ],
+    }
 
 
 def _options(definitions: dict[str, Any]) -> dict[str, Any]:
@@ -149,36 +179,64 @@ def _options(definitions: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rules() -> list[tuple[str, str]]:
-    """Return CEL rules over the spec for what serve.spec says of several fields together, each with its message."""
-    least, most = _value("scaling.min_replicas"), _value("scaling.max_replicas")
-    batch, queue = _value("batching.max_batch_size"), _value("batching.max_queue")
-    device, gpus = _value("device"), _value("resources.gpus")
-    costed = ", ".join(map(_cel, sorted(COSTED_TASKS)))
+    """Return CEL rules over the spec for what serve.spec says of several fields together, each with its message.
+
+    Raises:
+        KeyError: A rule of serve.spec has no counterpart here.
+    """
+    counterparts = _counterparts()
+    gpus = _value("resources.gpus")
     return [
-        (f"{most} >= {least}", "scaling.max_replicas is below scaling.min_replicas"),
-        (f"{batch} <= {queue}", "batching.max_batch_size is above batching.max_queue; such a batch could never fill"),
-        (
-            f"!{_given('batching.max_batch_cost')} || self.task in [{costed}]",
-            "batching.max_batch_cost is for tasks whose items have a cost; set max_batch_size",
-        ),
-        (f"{device} != 'cuda' || {gpus} > 0.0", "device cuda takes a GPU; give resources.gpus 1 or a fraction"),
-        (f"{device} != 'cpu' || {gpus} == 0.0", "resources.gpus reserves a GPU and device is cpu; leave one out"),
+        *(counterparts[rule.place] for rule in RULES),
         (
             f"{gpus} <= 1.0 || {gpus} == double(int({gpus}))",
             "resources.gpus above 1 is whole; only a share of one GPU may be a fraction",
         ),
-        (
-            "!self.source.startsWith('https:') || has(self.sha256)",
-            "an https: source takes sha256, that of the file",
-        ),
-        ("!has(self.sha256) || self.source.startsWith('https:')", "only an https: source takes sha256"),
-        ("!has(self.revision) || self.source.startsWith('hf:')", "only an hf: source takes revision"),
         (
             "!self.source.startsWith('file:') || self.source.startsWith('file:/')",
             "on a cluster a file: source is absolute",
         ),
         *_option_rules(),
     ]
+
+
+def _counterparts() -> dict[str, tuple[str, str]]:
+    """Return place of a rule of serve.spec -> the same in CEL, and its message."""
+    least, most = _value("scaling.min_replicas"), _value("scaling.max_replicas")
+    batch, queue = _value("batching.max_batch_size"), _value("batching.max_queue")
+    device, gpus = _value("device"), _value("resources.gpus")
+    costed = ", ".join(map(_cel, sorted(COSTED_TASKS)))
+    return {
+        "scaling.max_replicas": (f"{most} >= {least}", "scaling.max_replicas is below scaling.min_replicas"),
+        "batching.max_batch_size": (
+            f"{batch} <= {queue}",
+            "batching.max_batch_size is above batching.max_queue; such a batch could never fill",
+        ),
+        "batching.max_batch_cost": (
+            f"!{_given('batching.max_batch_cost')} || self.task in [{costed}]",
+            "batching.max_batch_cost is for tasks whose items have a cost; set max_batch_size",
+        ),
+        "device": (
+            f"{device} != 'cuda' || {gpus} > 0.0",
+            "device cuda takes a GPU; give resources.gpus 1 or a fraction",
+        ),
+        "resources.gpus": (
+            f"{device} != 'cpu' || {gpus} == 0.0",
+            "resources.gpus reserves a GPU and device is cpu; leave one out",
+        ),
+        "source": (
+            "!self.source.startsWith('https:') || has(self.sha256)",
+            "an https: source takes sha256, that of the file",
+        ),
+        "sha256": (
+            "!has(self.sha256) || self.source.startsWith('https:')",
+            "only an https: source takes sha256",
+        ),
+        "revision": (
+            "!has(self.revision) || self.source.startsWith('hf:')",
+            "only an hf: source takes revision",
+        ),
+    }
 
 
 def _option_rules() -> list[tuple[str, str]]:

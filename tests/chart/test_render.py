@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -419,26 +420,27 @@ def test_the_shell_starts_ray_with_what_the_values_say(tmp_path: Path):
     assert {"--head", "--num-cpus=0", "--port=6379"} <= set(started(made["StatefulSet/rh-roundhouse-head"], tmp_path))
 
 
-_ENDS_SLOWLY = """#!/bin/sh
-trap 'sleep 0.5; echo > {folder}/ended; exit 7' TERM
-echo > {folder}/begun
+_ENDS_IN_ORDER = """#!/bin/sh
+trap 'echo > {folder}/ordered; exit 7' TERM INT
+echo $$ > {folder}/begun
 while :; do sleep 0.05; done
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_shell_ends_after_ray_has(tmp_path: Path, number: signal.Signals):
+def test_the_shell_ends_at_once_and_leaves_ray_to_be_killed(tmp_path: Path, number: signal.Signals):
     [head] = [pod for pod in pods(objects("default")) if pod.owner.startswith("StatefulSet")]
-    for program, script in (("ray", _ENDS_SLOWLY.format(folder=tmp_path)), ("roundhouse", "#!/bin/sh\n")):
+    for program, script in (("ray", _ENDS_IN_ORDER.format(folder=tmp_path)), ("roundhouse", "#!/bin/sh\n")):
         (tmp_path / program).write_text(script)
         (tmp_path / program).chmod(0o755)
     [script] = head.spec["containers"][0]["args"]
     variables = {"PATH": f"{tmp_path}:/usr/bin:/bin", "POD_IP": "10.1.2.3"}
     with subprocess.Popen([*head.spec["containers"][0]["command"], script], env=variables) as shell:
-        until(lambda: (tmp_path / "begun").exists())
+        until(lambda: (tmp_path / "begun").exists() and (tmp_path / "begun").read_text().strip())
         shell.send_signal(number)
-        assert shell.wait(timeout=30) == 7
-        assert (tmp_path / "ended").exists()
+        assert shell.wait(timeout=30) == 0
+    os.kill(int((tmp_path / "begun").read_text()), signal.SIGKILL)
+    assert not (tmp_path / "ordered").exists()
 
 
 def until(holds: Callable[[], bool]) -> None:

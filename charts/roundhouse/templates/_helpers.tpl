@@ -199,9 +199,10 @@ The shell's words that run Ray until a signal ends it. Takes (dict "root" "node"
 and hands over the whole command.
 */}}
 {{- define "roundhouse.rayStart" -}}
-# The first process of a container ignores a signal that it does not handle, and Ray's handles none. When it ends, all
-# others are killed, so it waits until Ray has ended.
-trap 'kill -TERM $!; wait $!; exit $?' TERM INT
+# The first process of a container ignores a signal that it does not handle, and Ray's handles none. It ends at once, and
+# the others are killed with it: a Ray that ends in order tells its store that what ran there meant to go, and the Serve
+# controller of a head would never be started again.
+trap 'exit 0' TERM INT
 roundhouse follow-logs &
 {{ if eq .root.Values.ray.provider "kuberay" -}}
 eval "exec $KUBERAY_GEN_RAY_START_CMD" &

@@ -597,11 +597,11 @@ SMALL = {"name": "a", "task": "forecast", "source": "hf:m/x"}
         ),
         (
             {"models": [SMALL | {"resources": {"cpus": 4}}]},
-            "more than any worker has beside the gateway's 0.01 CPUs (cpu has 4 CPUs, 0 GPUs, 8Gi)",
+            "more than any worker has beside the gateway's 0.01 CPUs (cpu has 4 CPUs, 0 GPUs, 7600Mi beside Ray)",
         ),
         (
-            {"models": [SMALL | {"resources": {"memory": "8193Mi"}}]},
-            "one replica takes 1 CPUs, 0 GPUs, 8193Mi of memory, more than any worker has",
+            {"models": [SMALL | {"resources": {"memory": "7601Mi"}}]},
+            "one replica takes 1 CPUs, 0 GPUs, 7601Mi of memory, more than any worker has",
         ),
         ({"models": [SMALL | {"resources": {"memory": 2**34}}]}, "more than any worker has"),
         (
@@ -609,7 +609,7 @@ SMALL = {"name": "a", "task": "forecast", "source": "hf:m/x"}
                 "models": [SMALL | {"resources": {"memory": "4Gi"}}],
                 "ray.workerGroups.cpu.resources": {"limits": {"memory": "3G"}},
             },
-            "cpu has 4 CPUs, 0 GPUs, 3G",
+            "cpu has 4 CPUs, 0 GPUs, 2269Mi beside Ray",
         ),
         ({"ray.workerGroups": {"cpu": {"replicas": 0}}}, "ray.workerGroups has no worker"),
         (
@@ -732,7 +732,7 @@ def test_the_notes_warn_of_workers_that_may_not_become_ready():
 def test_a_model_that_just_fits_is_taken(program):
     words = [
         "--set-json",
-        'models=[{"name":"a","task":"forecast","source":"hf:m/x","resources":{"cpus":3.99,"memory":"8Gi"}}]',
+        'models=[{"name":"a","task":"forecast","source":"hf:m/x","resources":{"cpus":3.99,"memory":"7600Mi"}}]',
     ]
     assert helm(program, *words).returncode == 0
     whole = ["--set-json", 'models=[{"name":"a","task":"forecast","source":"hf:m/x","resources":{"cpus":4}}]']

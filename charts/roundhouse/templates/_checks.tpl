@@ -131,11 +131,11 @@
 {{- $gpuGroup := false }}
 {{- range $name, $given := .root.Values.ray.workerGroups }}
 {{- $group := include "roundhouse.worker" $given | fromYaml }}
-{{- $own := dig "limits" "memory" $group.memory $group.resources | toString }}
-{{- $sizes = append $sizes (printf "%s has %v CPUs, %v GPUs, %s" $name $group.cpus $group.gpus $own) }}
+{{- $own := include "roundhouse.modelMemory" $group | int64 }}
+{{- $sizes = append $sizes (printf "%s has %v CPUs, %v GPUs, %dMi beside Ray" $name $group.cpus $group.gpus (div $own 1048576)) }}
 {{- $gpuGroup = or $gpuGroup (gt (float64 $group.gpus) 0.0) }}
 {{- $room := and (le (addf $cpus $kept) (float64 $group.cpus)) (le (float64 $gpus) (float64 $group.gpus)) }}
-{{- $fits = or $fits (and $room (le $memory (include "roundhouse.bytes" $own | int64))) }}
+{{- $fits = or $fits (and $room (le $memory $own)) }}
 {{- end }}
 {{- if and (gt (float64 $gpus) 0.0) (not $gpuGroup) }}
 {{- fail (printf "%s: resources.gpus is %v and no group of ray.workerGroups has GPUs; give one gpus: %v" .place $gpus (ceil $gpus)) }}

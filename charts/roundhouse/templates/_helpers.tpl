@@ -184,9 +184,20 @@ num-cpus: "0"
 num-gpus: "0"
 {{- end }}
 
+{{/*
+Bytes of a worker's memory that models may take: its limit, less the object store and 512 MiB for Ray's own processes, as
+in serve/cluster/plan.py. Without it Ray would count what is free when it starts. Takes a group of workers.
+*/}}
+{{- define "roundhouse.modelMemory" -}}
+{{- $limit := dig "limits" "memory" .memory .resources | toString }}
+{{- $store := index (include "roundhouse.nodeParams" . | fromYaml) "object-store-memory" | int64 }}
+{{- sub (sub (include "roundhouse.bytes" $limit | int64) $store) 536870912 | max 0 }}
+{{- end }}
+
 {{/* Takes a group of workers. */}}
 {{- define "roundhouse.workerParams" -}}
 {{ include "roundhouse.nodeParams" . }}
+memory: {{ include "roundhouse.modelMemory" . | quote }}
 num-cpus: {{ .cpus | quote }}
 num-gpus: {{ .gpus | quote }}
 {{- with .acceleratorType }}

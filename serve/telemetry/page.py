@@ -168,7 +168,7 @@ class Page:
             while True:
                 file = os.open(folder / _name(role, model, number), os.O_RDWR | os.O_CREAT, 0o600)
                 try:
-                    if _lock(file):
+                    if _lock(file, fcntl.LOCK_EX):
                         return cls._own(role, file)
                 except BaseException:
                     os.close(file)
@@ -268,7 +268,7 @@ def read_folder(folder: Path) -> list[Reading]:
                 content = file.read()
                 if len(content) == layout_of(role).size_bytes:
                     (pid,) = struct.unpack_from("=d", content)
-                    readings.append(Reading(role, model, int(pid), _is_locked(file.fileno()), content))
+                    readings.append(Reading(role, model, int(pid), not _lock(file.fileno(), fcntl.LOCK_SH), content))
     return readings
 
 
@@ -276,18 +276,10 @@ def _name(role: str, model: str, number: int) -> str:
     return f"{role}.{model}.{layout_of(role).fingerprint}.{number}{_SUFFIX}"
 
 
-def _lock(file: int) -> bool:
+def _lock(file: int, kind: int) -> bool:
+    """Return whether the lock could be had: fcntl.LOCK_EX to own it, LOCK_SH to look, which keeps no reader out."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
-
-
-def _is_locked(file: int) -> bool:
-    """Return whether another holds the lock; a shared one, let go of with the file, keeps no reader out."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    return False

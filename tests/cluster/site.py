@@ -227,8 +227,8 @@ class Load:
                     self.failures.append(f"{route}: {told}")
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[Load]:
-        """Ask until the block ends; then nothing may have failed."""
+    def running(self, *, endures: bool = False) -> Iterator[Load]:
+        """Ask until the block ends; then nothing may have failed, unless whoever asks `endures` it and looks."""
         asks: dict[str, Callable[[httpx.Client], httpx.Response]] = {
             "gateway": lambda client: client.post("/v1/embeddings", json={"model": "minilm", "input": "a cat"})
         }
@@ -246,7 +246,7 @@ class Load:
             self._over.set()
             for thread in threads:
                 thread.join()
-        assert not self.failures, (self.failures[:5], len(self.failures), self.answers)
+        assert endures or not self.failures, (self.failures[:5], len(self.failures), self.answers)
 
 
 def _question(name: str) -> Callable[[httpx.Client], httpx.Response]:

@@ -31,6 +31,9 @@ ENVIRONMENT = {
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
     # The gateway's application stands in the proxy that answers for what has no replica.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.runtime.fallback:middlewares",
+    # Ray's spans, and those of a model's own code, join the traces that ours began, and begin none.
+    "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": "serve.runtime.ray_spans:processors",
+    "RAY_SERVE_TRACING_SAMPLING_RATIO": "0",
     # Ten rounds of the controller a second are half of what an idle platform uses; three are as good to a person.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
     "RAY_USAGE_STATS_ENABLED": "0",

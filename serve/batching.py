@@ -13,6 +13,8 @@ from typing import Any, Generic, TypeVar
 
 from serve.errors import Cancelled, DeadlineExceeded, NotReady, Overloaded, PredictionFailed
 from serve.telemetry.metrics import WorkMetrics
+from serve.telemetry.passage import Passage
+from serve.telemetry.tracing import BatchTrace, Tracer
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -162,9 +164,19 @@ class BatcherStats:
 class _Reply(asyncio.Future[Any]):
     """The future of one request; it is resolved once, and cancelling it frees its place in the queue at once."""
 
-    def __init__(self, batcher: Batcher[Any, Any], rows: int, size_bytes: int, *, single: bool, arrived: float) -> None:
+    def __init__(
+        self,
+        batcher: Batcher[Any, Any],
+        rows: int,
+        size_bytes: int,
+        *,
+        single: bool,
+        arrived: float,
+        passage: Passage | None,
+    ) -> None:
         super().__init__(loop=asyncio.get_running_loop())
         self.batcher = batcher
+        self.passage = passage
         self.entries: list[_Entry] = []
         self.results: list[Any] = [None] * rows
         self.missing = rows
@@ -225,13 +237,14 @@ class _Entry:
 class _Part:
     """Entries that run in one call; where a call failed, a half of them."""
 
-    __slots__ = ("entries", "known_bad", "priced", "sibling")
+    __slots__ = ("entries", "known_bad", "priced", "sibling", "trace")
 
     def __init__(self, entries: list[_Entry], *, priced: bool, sibling: _Part | None = None) -> None:
         self.entries = entries
         self.priced = priced
         self.sibling = sibling
         self.known_bad = False
+        self.trace: BatchTrace | None = None
 
     def halves(self) -> tuple[_Part, _Part]:
         """Return both halves; if the first succeeds, the second is known to hold what made the whole fail."""
@@ -260,6 +273,7 @@ class Batcher(Generic[T, R]):
         max_queue_bytes: Bytes that may wait.
         clock: Seconds; deadlines are on it.
         metrics: What it records; without them nobody sees it.
+        tracer: What records batches of requests that are recorded; None records none.
     """
 
     def __init__(
@@ -275,8 +289,10 @@ class Batcher(Generic[T, R]):
         prepare: Callable[[Sequence[T]], Awaitable[Sequence[int | Exception]]] | None = None,
         clock: Callable[[], float] = time.monotonic,
         metrics: WorkMetrics | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         self._run = run
+        self._tracer = tracer
         self._prepare = prepare
         self._max_batch_size = max_batch_size
         self._max_wait_s = max_wait_s
@@ -328,7 +344,13 @@ class Batcher(Generic[T, R]):
     # Coming in
 
     def submit(
-        self, item: T, *, cost: int = 1, size_bytes: int = 0, deadline: float | None = None
+        self,
+        item: T,
+        *,
+        cost: int = 1,
+        size_bytes: int = 0,
+        deadline: float | None = None,
+        passage: Passage | None = None,
     ) -> asyncio.Future[R]:
         """Queue one item.
 
@@ -336,12 +358,13 @@ class Batcher(Generic[T, R]):
             cost: In the unit of `max_batch_cost`; where there is `prepare`, its answer replaces it.
             size_bytes: What the item counts for in `max_queue_bytes`.
             deadline: On `clock`; the future fails with DeadlineExceeded then.
+            passage: Where the request's moments are noted.
 
         Raises:
             Overloaded: The queue is full.
             NotReady: `drain` or `close` was called.
         """
-        return self._admit((item,), (cost,), size_bytes, deadline, single=True)
+        return self._admit((item,), (cost,), size_bytes, deadline, passage, single=True)
 
     def submit_many(
         self,
@@ -350,20 +373,28 @@ class Batcher(Generic[T, R]):
         costs: Sequence[int] | None = None,
         size_bytes: int = 0,
         deadline: float | None = None,
+        passage: Passage | None = None,
     ) -> asyncio.Future[list[R | Exception | None]]:
         """Queue the items of one request, all or none, behind one future of their results in order.
 
         An item that fails is an exception in the list, which then resolves at once; what nobody awaits any more is
         not computed, and None in the list. Otherwise as `submit`; `size_bytes` is of all items together.
         """
-        return self._admit(items, costs or (1,) * len(items), size_bytes, deadline, single=False)
+        return self._admit(items, costs or (1,) * len(items), size_bytes, deadline, passage, single=False)
 
     def _admit(
-        self, items: Sequence[T], costs: Sequence[int], size_bytes: int, deadline: float | None, *, single: bool
+        self,
+        items: Sequence[T],
+        costs: Sequence[int],
+        size_bytes: int,
+        deadline: float | None,
+        passage: Passage | None,
+        *,
+        single: bool,
     ) -> _Reply:
         self._check_room(len(items), size_bytes)
         now = self._clock()
-        reply = _Reply(self, len(items), size_bytes, single=single, arrived=now)
+        reply = _Reply(self, len(items), size_bytes, single=single, arrived=now, passage=passage)
         if not items:
             reply.set_result([])
             return reply
@@ -410,6 +441,7 @@ class Batcher(Generic[T, R]):
 
     def _abandon(self, reply: _Reply, reason: str) -> None:
         """Free what a request that was resolved early still holds in the queue."""
+        self._note(reply, self._clock())
         if reply.missing:
             self._metrics.dropped(reason, queued=reply.waiting, running=reply.missing - reply.waiting)
         if reply.waiting:
@@ -518,6 +550,8 @@ class Batcher(Generic[T, R]):
             else:
                 if entry.row == 0:
                     entry.reply.prepare_s = now - self._preparing_since
+                    if entry.reply.passage is not None:
+                        entry.reply.passage.was_prepared(self._preparing_since, now)
                 entry.cost = cost
                 self._ready.append(entry)
         self._unprepared.extendleft(reversed(entries[len(outcome) :]))
@@ -603,6 +637,8 @@ class Batcher(Generic[T, R]):
         started = self._clock()
         self._batches += 1
         self._running_part = part
+        if self._tracer is not None:
+            part.trace = self._tracer.batch([entry.reply.passage for entry in part.entries])
         self._running = _begin(self._run, [entry.item for entry in part.entries])
         self._running.add_done_callback(lambda done: self._ran(part, started, done))
 
@@ -612,6 +648,9 @@ class Batcher(Generic[T, R]):
         now = self._clock()
         self._metrics.batch(len(entries), now - started)
         cost = self._count_cost(entries) if part.priced and self._costly else None
+        if self._tracer is not None and part.trace is not None:
+            part.trace.ran(started, now, cost=cost, error=outcome if isinstance(outcome, Exception) else None)
+            self._tracer.end_batch(part.trace)
         if isinstance(outcome, Exception):
             if len(entries) > 1:
                 self._parts.extend(reversed(part.halves()))
@@ -644,11 +683,17 @@ class Batcher(Generic[T, R]):
     def _answered(self, reply: _Reply, now: float) -> None:
         """Let go of a request whose last result is there."""
         reply.entries = []
+        self._note(reply, now)
         self._metrics.answered(
             prepare_s=reply.prepare_s,
             queue_s=reply.launched - reply.arrived - reply.prepare_s,
             compute_s=now - reply.launched,
         )
+
+    def _note(self, reply: _Reply, now: float) -> None:
+        if reply.passage is not None:
+            launched = 0.0 if reply.launched == math.inf else reply.launched
+            reply.passage.went(arrived=reply.arrived, launched=launched, answered=now)
 
     # Ending
 

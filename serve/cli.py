@@ -217,6 +217,33 @@ def _predict(options: argparse.Namespace) -> int:
     return ask(running.url if running else settings.url)
 
 
+def _trace_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("request", metavar="REQUEST_ID", help="the x-request-id that it was sent with")
+    parser.add_argument("--json", action="store_true", help="print its spans as JSON")
+    _platform_arguments(parser)
+    _remote_arguments(parser)
+
+
+def _trace(options: argparse.Namespace) -> int:
+    from serve.runtime.trace import fetch_request, render_request
+
+    def show(url: str) -> int:
+        told = fetch_request(url, options.request)
+        if options.json:
+            _print_json(told)
+        else:
+            render_request(told)
+        return OK
+
+    if _asks_cluster(options):
+        from serve.cluster.remote import forwarded
+
+        with forwarded(options.context, options.namespace) as url:
+            return show(url)
+    _, running = _running(options)
+    return show(running.url)
+
+
 def _logs_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="its name")
     parser.add_argument("--context", default="", metavar="NAME", help="of the kubeconfig; default: its current one")
@@ -435,6 +462,7 @@ COMMANDS = (
     Command("up", "[FILE]", "Serve the models of a declaration, and follow its edits", _up_arguments, _up),
     Command("status", "", "Show the models of the running platform", _status_arguments, _status),
     Command("predict", "MODEL INPUT...", "Ask a model, from the command line", _predict_arguments, _predict),
+    Command("trace", "REQUEST_ID", "Show where the time of a request went", _trace_arguments, _trace),
     Command("down", "", "Drain and stop the running platform", _platform_arguments, _down),
     Command("check", "[FILE]", "Tell every problem in a declaration, or what it declares", _check_arguments, _check),
     Command("schema", "", "Print the JSON Schema of models.yaml, which editors use", _schema_arguments, _schema),

@@ -27,6 +27,8 @@ from serve.spec import ModelSpec
 from serve.stepping import Generators, Part, Stepper, Stream, WorkThread, failure, tell
 from serve.telemetry.metrics import ReplicaMetrics
 from serve.telemetry.page import Page
+from serve.telemetry.passage import Passage
+from serve.telemetry.tracing import BatchTrace, Tracer
 
 _PREPARE_SLICE_S = 0.002
 _WARM_STEPS = 4
@@ -97,6 +99,7 @@ class Host:
         base_dir: Folder against which a relative `file:` source is resolved; none takes the working directory.
         clock: Seconds.
         metrics: What it and whoever carries its requests record; without them nobody sees it.
+        tracer: What records batches of requests that are recorded; None records none.
     """
 
     def __init__(
@@ -108,8 +111,10 @@ class Host:
         base_dir: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
         metrics: ReplicaMetrics | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         self.spec = spec
+        self._tracer = tracer
         self.metrics = metrics or ReplicaMetrics(Page.private("replica"))
         self._settings = settings
         self._model: Any = model
@@ -297,18 +302,25 @@ class Host:
                 prepare=self._prepare_rows if prepare else None,
                 clock=self._clock,
                 metrics=self.metrics.items,
+                tracer=self._tracer,
             )
 
     # Answering
 
     async def infer(
-        self, items: Sequence[Item], *, timeout_s: float | None = None, size_bytes: int = 0
+        self,
+        items: Sequence[Item],
+        *,
+        timeout_s: float | None = None,
+        size_bytes: int = 0,
+        passage: Passage | None = None,
     ) -> list[Mapping[str, Any]]:
         """Answer the items of one request, one result an item, in order; cancelling drops what the model has not begun.
 
         Args:
             timeout_s: Seconds to the answer, at most the spec's `deadline_ms`.
             size_bytes: What the request counts for in `max_queue_bytes`.
+            passage: Where the request's moments are noted.
 
         Raises:
             InvalidInput: An item is wrong; its place names the row.
@@ -320,15 +332,17 @@ class Host:
         self._check_size(len(items), size_bytes)
         deadline = self._deadline(timeout_s)
         if self._batcher is None:
-            return await self._collect(items, deadline, size_bytes)
+            return await self._collect(items, deadline, size_bytes, passage)
         rows = [_Row(item) for item in items] if self._batcher.prepares else items
-        results = await self._batcher.submit_many(rows, size_bytes=size_bytes, deadline=deadline)
+        results = await self._batcher.submit_many(rows, size_bytes=size_bytes, deadline=deadline, passage=passage)
         for row, result in enumerate(results):
             if isinstance(result, Exception):
                 raise _of_row(failure(result), row, len(results))
         return results  # type: ignore[return-value]  # None is only beside an exception
 
-    async def _collect(self, items: Sequence[Item], deadline: float, size_bytes: int) -> list[Mapping[str, Any]]:
+    async def _collect(
+        self, items: Sequence[Item], deadline: float, size_bytes: int, passage: Passage | None
+    ) -> list[Mapping[str, Any]]:
         stepper = self._streaming()
         if len(items) > stepper.room():
             self.metrics.streams.rejected("queue_full", len(items))
@@ -346,18 +360,21 @@ class Host:
         try:
             for row, item in enumerate(items):
                 share = size_bytes // len(items) + (row < size_bytes % len(items))
-                streams.append(stepper.open(item, size_bytes=share, deadline=deadline, whole=True))
+                streams.append(stepper.open(item, size_bytes=share, deadline=deadline, whole=True, passage=passage))
             return [await answer(0)] if len(items) == 1 else await asyncio.gather(*map(answer, range(len(items))))
         finally:
             for stream in streams:
                 stream.close()
 
-    async def stream(self, item: Item, *, timeout_s: float | None = None, size_bytes: int = 0) -> AsyncIterator[Part]:
+    async def stream(
+        self, item: Item, *, timeout_s: float | None = None, size_bytes: int = 0, passage: Passage | None = None
+    ) -> AsyncIterator[Part]:
         """Answer one item in parts; closing or cancelling frees its slot within one step.
 
         Args:
             timeout_s: Seconds to the last part, at most the spec's `deadline_ms`.
             size_bytes: What the request counts for in `max_queue_bytes`.
+            passage: Where its moments are noted.
 
         Raises what `infer` raises, before the first part or after some.
         """
@@ -365,7 +382,8 @@ class Host:
             self.metrics.streams.rejected("not_ready", 1)
             raise self._not_ready()
         self._check_size(1, size_bytes)
-        stream = self._streaming().open(item, size_bytes=size_bytes, deadline=self._deadline(timeout_s))
+        deadline = self._deadline(timeout_s)
+        stream = self._streaming().open(item, size_bytes=size_bytes, deadline=deadline, passage=passage)
         try:
             async for part in stream:
                 yield part
@@ -448,7 +466,8 @@ class Host:
         return [failed[index] if index in failed else next(answers) for index in range(len(rows))]
 
     def _predict(self, batch: Sequence[Any]) -> Sequence[Mapping[str, Any] | Exception]:
-        results = self._model.predict(batch)
+        running = self._tracer.running if self._tracer is not None else None
+        results = self._model.predict(batch) if running is None else self._predict_within(running, batch)
         if not isinstance(results, Sequence):
             raise TypeError(f"predict returned {type(results).__name__}, not a list with a result for each item")
         return [
@@ -457,6 +476,13 @@ class Host:
             else TypeError(f"predict returned {type(result).__name__} for an item, not its outputs by name")
             for result in results
         ]
+
+    def _predict_within(self, running: BatchTrace, batch: Sequence[Any]) -> Any:
+        """Have the spans of a model's own code belong to its batch."""
+        from serve.telemetry.otel import within
+
+        with within(running.ids):
+            return self._model.predict(batch)
 
     # Ending
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
@@ -68,6 +69,31 @@ class Settings(BaseModel):
         default=None,
         description="Folder where a node's processes keep their metrics; `up` makes one for each run.",
     )
+    tracing_endpoint: str | None = Field(
+        default=None,
+        description="The OTLP collector that spans are sent to, http://host:port or https://; none records none.",
+    )
+    tracing_protocol: Literal["grpc", "http/protobuf"] = Field(
+        default="grpc", description="How the collector is spoken to: gRPC is usual at port 4317, HTTP at 4318."
+    )
+    tracing_headers: tuple[str, ...] = Field(
+        default=(), description="`name=value` of each header that the collector wants."
+    )
+    tracing_ratio: float = Field(
+        default=0.01, ge=0, le=1, description="Share of the requests that are recorded where their caller does not say."
+    )
+    tracing_slow_ms: float | None = Field(
+        default=None, gt=0, description="Requests that took longer are kept besides, ten a second and process at most."
+    )
+    tracing_errors: bool = Field(
+        default=True, description="Requests answered with 500 or above are kept besides, as many."
+    )
+    tracing_baggage: tuple[str, ...] = Field(
+        default=(), description="Keys of the `baggage` header whose values spans may hold."
+    )
+    tracing_content: bool = Field(
+        default=False, description="Spans may hold what clients sent, and what errors say of it."
+    )
     s3_endpoint: str | None = Field(default=None, description="An S3-compatible server behind `s3:`.")
 
     @property
@@ -93,6 +119,27 @@ class Settings(BaseModel):
             for field, value in self.model_dump().items()
             if value is not None
         }
+
+    @classmethod
+    def _is_list(cls, field: str) -> bool:
+        return field in cls.model_fields and isinstance(cls.model_fields[field].default, tuple)
+
+    @field_validator("tracing_endpoint")
+    @classmethod
+    def _is_url(cls, endpoint: str | None) -> str | None:
+        if endpoint is not None:
+            parts = urlsplit(endpoint)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError("must be http://host:port or https://host:port")
+        return endpoint
+
+    @field_validator("tracing_headers")
+    @classmethod
+    def _are_pairs(cls, headers: tuple[str, ...]) -> tuple[str, ...]:
+        for header in headers:
+            if not header.partition("=")[0].strip() or "=" not in header:
+                raise ValueError("must be name=value, more of them separated by commas")
+        return headers
 
     @field_validator("host")
     @classmethod
@@ -122,7 +169,7 @@ class Settings(BaseModel):
         for variable, text in source.items():
             if variable.startswith(PREFIX):
                 field = variable[len(PREFIX) :].lower()
-                if field == "allowed_hosts":
+                if cls._is_list(field):
                     values[field] = tuple(part.strip() for part in text.split(",") if part.strip())
                 elif text or field not in cls.model_fields:
                     values[field] = text

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from serve.errors import Cancelled, DeadlineExceeded, NotReady, Overloaded, PredictionFailed, RoundhouseError
 from serve.models.base import Item, Step, SteppedModel
 from serve.telemetry.metrics import WorkMetrics
+from serve.telemetry.passage import Passage
 
 X = TypeVar("X")
 Part = Mapping[str, Any]
@@ -154,8 +155,18 @@ class Generators:
 class Stream:
     """The event loop's end of one stream; it has one reader."""
 
-    def __init__(self, stepper: Stepper, item: Item, *, whole: bool, size_bytes: int, opened_at: float) -> None:
+    def __init__(
+        self,
+        stepper: Stepper,
+        item: Item,
+        *,
+        whole: bool,
+        size_bytes: int,
+        opened_at: float,
+        passage: Passage | None = None,
+    ) -> None:
         self.item: Item | None = item
+        self.passage = passage
         self.size_bytes = size_bytes
         self.prepared: Any = None
         self.whole = whole
@@ -312,13 +323,22 @@ class Stepper:
 
     # On the event loop
 
-    def open(self, item: Item, *, size_bytes: int = 0, deadline: float | None = None, whole: bool = False) -> Stream:
+    def open(
+        self,
+        item: Item,
+        *,
+        size_bytes: int = 0,
+        deadline: float | None = None,
+        whole: bool = False,
+        passage: Passage | None = None,
+    ) -> Stream:
         """Queue a stream.
 
         Args:
             size_bytes: What it counts for in `max_queue_bytes`.
             deadline: On the clock; the stream then ends with DeadlineExceeded.
             whole: The reader wants `all_parts` at the end and is not woken before.
+            passage: Where the request's moments are noted.
 
         Raises:
             Overloaded: Too many streams wait, or too many bytes of them.
@@ -338,7 +358,7 @@ class Stepper:
                 f"{self._queued_bytes} bytes wait, and {size_bytes} more would be above {self._max_queue_bytes}",
                 retry_after_s=self.retry_after_s(),
             )
-        stream = Stream(self, item, whole=whole, size_bytes=size_bytes, opened_at=self._clock())
+        stream = Stream(self, item, whole=whole, size_bytes=size_bytes, opened_at=self._clock(), passage=passage)
         with self._lock:
             self._queued += 1
             self._queued_bytes += size_bytes
@@ -371,6 +391,7 @@ class Stepper:
         if stream not in self._open:
             return
         self._forget(stream)
+        self._note(stream, self._clock())
         self._count_dropped(stream)
         with self._lock:
             stream.left = True
@@ -420,6 +441,8 @@ class Stepper:
             if done:
                 if error is None and not stream.ended:
                     self._count_answered(stream, now)
+                if not stream.ended:
+                    self._note(stream, now)
                 stream.end(error)
                 self._forget(stream)
                 if stream.admitted_at:
@@ -431,6 +454,8 @@ class Stepper:
             self._metrics.next_part(now - stream.last_part_at, tokens)
         else:
             self._metrics.first_part(now - stream.opened_at, tokens)
+            if stream.passage is not None and not stream.passage.first_part:
+                stream.passage.first_part = now
         stream.last_part_at = now
         prompt = part.get("prompt_tokens") if isinstance(part, dict) else None
         if type(prompt) is int and prompt > 0:
@@ -442,6 +467,10 @@ class Stepper:
             queue_s=stream.admitted_at - stream.opened_at - stream.prepare_s,
             compute_s=now - stream.admitted_at,
         )
+
+    def _note(self, stream: Stream, now: float) -> None:
+        if stream.passage is not None:
+            stream.passage.went(arrived=stream.opened_at, launched=stream.admitted_at, answered=now)
 
     async def drain(self) -> None:
         """Refuse new streams and return when all have ended."""
@@ -480,7 +509,10 @@ class Stepper:
             return
         finally:
             stream.item = None
-        stream.prepare_s = self._clock() - began
+        ended = self._clock()
+        stream.prepare_s = ended - began
+        if stream.passage is not None:
+            stream.passage.was_prepared(began, ended)
         self._arrivals.append(stream)
         self._kick()
 

@@ -23,49 +23,22 @@ from serve.api.errors import (
 )
 from serve.api.wire import JSON_HEADER, Headers, Receive, Scope, Send, echoed, relative_path, send_bytes
 from serve.errors import Cancelled, ModelNotFound
+from serve.telemetry.passage import Passage
+from serve.telemetry.traceparent import TraceIds, sampled_trace
+from serve.telemetry.tracing import Tracer
 
 #: What answers one request: scope, its headers by name (the last of a name), receive, send.
 Answer = Callable[[Scope, dict[bytes, bytes], Receive, Send], Awaitable[None]]
-_PASSAGE = "roundhouse.passage"
-
-
-class Passage:
-    """How one request goes, for the metrics; times are of `time.perf_counter`.
-
-    Attributes:
-        began: When it arrived.
-        entered: When its items were handed to the model's queue; 0 before.
-        left: When their results were there; 0 before.
-        ended: When its answer was written.
-        status: Of its answer; 0 before it begins.
-        outcome: `ok`, or the code of the error that ended it.
-        model: Of the declaration, where a gateway found it.
-        is_counted: False where it is not for the metrics.
-    """
-
-    __slots__ = ("began", "ended", "entered", "is_counted", "left", "model", "outcome", "status")
-
-    def __init__(self) -> None:
-        self.began = time.perf_counter()
-        self.entered = self.left = self.ended = 0.0
-        self.status = 0
-        self.outcome = "ok"
-        self.model = ""
-        self.is_counted = True
-
-    @classmethod
-    def of(cls, scope: Scope) -> Passage:
-        """Return the one of a request that an Endpoint answers."""
-        passage: Passage = scope[_PASSAGE]
-        return passage
-
-    def failed(self, error: Exception) -> None:
-        """Take an error for the outcome."""
-        self.outcome = problem(error).code
-
 
 #: What counts a request that has ended, from how it went and its headers.
 Meter = Callable[[Passage, Mapping[bytes, bytes]], None]
+
+
+def exemplar_of(passage: Passage, headers: Mapping[bytes, bytes], *, is_traced: bool) -> TraceIds | None:
+    """Return the trace that a request's exemplar leads to: its own, or where none is sent from here, its caller's."""
+    if is_traced:
+        return passage.trace.ids if passage.trace is not None and passage.trace.is_sampled else None
+    return sampled_trace(headers.get(b"traceparent"))
 
 
 class Endpoint:
@@ -73,12 +46,24 @@ class Endpoint:
 
     Args:
         meter: Told of every request; None for what is no request to a model.
+        tracer: What records requests; None records none.
+        route: The path as spans tell it, with placeholders.
     """
 
-    def __init__(self, answer: Answer, shape: Shape, *, meter: Meter | None = None) -> None:
+    def __init__(
+        self,
+        answer: Answer,
+        shape: Shape,
+        *,
+        meter: Meter | None = None,
+        tracer: Tracer | None = None,
+        route: str = "",
+    ) -> None:
         self._answer = answer
         self._shape = shape
         self._meter = meter
+        self._tracer = tracer
+        self._route = route
 
     @classmethod
     def telling(cls, make: Callable[[dict[str, str]], Any], shape: Shape) -> Endpoint:
@@ -95,7 +80,10 @@ class Endpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer (ASGI)."""
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        passage = scope[_PASSAGE] = Passage()
+        passage = Passage()
+        passage.enter(scope)
+        if self._tracer is not None:
+            passage.trace = self._tracer.begin(headers)
 
         async def tracked(message: Any) -> None:
             if not passage.status:
@@ -105,10 +93,10 @@ class Endpoint:
         try:
             await self._answer(scope, headers, receive, tracked)
         except asyncio.CancelledError:
-            passage.failed(Cancelled())
+            passage.failed(problem(Cancelled()).code, Cancelled())
             raise
         except Exception as error:
-            passage.failed(error)
+            passage.failed(problem(error).code, error)
             if passage.status and isinstance(error, Cancelled):
                 return
             if passage.status:
@@ -116,7 +104,9 @@ class Endpoint:
             await send_error(tracked, error, self._shape, extra=echoed(headers))
         finally:
             if self._meter is not None and passage.is_counted:
-                passage.ended = time.perf_counter()
+                passage.ended = time.monotonic()
+                if self._tracer is not None:
+                    self._tracer.end(passage, scope, headers, self._route)
                 self._meter(passage, headers)
 
 

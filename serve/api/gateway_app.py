@@ -16,10 +16,19 @@ from starlette.routing import BaseRoute, Route
 
 from serve import __version__
 from serve.api import documents, openai_surface
-from serve.api.application import Answer, Application, Endpoint, Meter, Passage
+from serve.api.application import Answer, Application, Endpoint, Meter, exemplar_of
 from serve.api.body import Uploads, check_media_type, json_type, parse_object, read_body
 from serve.api.directory import Directory, ModelStatus, find, not_ready
-from serve.api.errors import TABLE, PathNotFound, ReplicaLost, Shape, describe, open_inference_shape, openai_shape
+from serve.api.errors import (
+    TABLE,
+    PathNotFound,
+    ReplicaLost,
+    Shape,
+    describe,
+    open_inference_shape,
+    openai_shape,
+    problem,
+)
 from serve.api.forward import Reply, Upstream, UpstreamError
 from serve.api.multipart import parse_form
 from serve.api.pages import gateway_page
@@ -36,7 +45,9 @@ from serve.api.wire import (
 from serve.errors import DeadlineExceeded, InvalidInput, NotReady
 from serve.settings import Settings
 from serve.telemetry.metrics import GatewayMetrics
-from serve.telemetry.traceparent import sampled_trace
+from serve.telemetry.passage import Passage
+from serve.telemetry.recent import find as find_request
+from serve.telemetry.tracing import Attempt, Tracer
 
 _PASSED_ON = (
     b"content-type", b"accept", b"x-request-id", b"traceparent", b"tracestate", b"baggage", b"x-request-timeout-ms",
@@ -60,7 +71,12 @@ _ARRIVING_BYTES = 256 * 2**20
 
 
 def build_gateway_app(
-    directory: Directory, *, settings: Settings, base_url: str, watch_disconnect: bool = False
+    directory: Directory,
+    *,
+    settings: Settings,
+    base_url: str,
+    watch_disconnect: bool = False,
+    tracer: Tracer | None = None,
 ) -> Application:
     """Return the gateway's application.
 
@@ -69,17 +85,27 @@ def build_gateway_app(
         settings: As for every application.
         base_url: `http://host:port` of what routes `/v2/models/<name>/...` to that model's replicas.
         watch_disconnect: As in `build_model_app`.
+        tracer: What records requests; None records none.
     """
     return GatewayRoutes(
-        directory, settings=settings, base_url=base_url, watch_disconnect=watch_disconnect
+        directory, settings=settings, base_url=base_url, watch_disconnect=watch_disconnect, tracer=tracer
     ).application()
 
 
 class GatewayRoutes:
     """What answers each route of the gateway."""
 
-    def __init__(self, directory: Directory, *, settings: Settings, base_url: str, watch_disconnect: bool) -> None:
+    def __init__(
+        self,
+        directory: Directory,
+        *,
+        settings: Settings,
+        base_url: str,
+        watch_disconnect: bool,
+        tracer: Tracer | None,
+    ) -> None:
         self._directory = directory
+        self._tracer = tracer
         self._upstream = Upstream(base_url, spare_url=settings.proxies_url)
         self._uploads = Uploads(_ARRIVING_BYTES)
         self._watch = watch_disconnect
@@ -96,7 +122,9 @@ class GatewayRoutes:
 
         meter = self._meter("openai")
         hot = {
-            f"/v1/{endpoint}": Endpoint(self._forwarded(endpoint), openai_shape, meter=meter)
+            f"/v1/{endpoint}": Endpoint(
+                self._forwarded(endpoint), openai_shape, meter=meter, tracer=self._tracer, route=f"/v1/{endpoint}"
+            )
             for endpoint in openai_surface.ENDPOINTS
         }
         return Application(hot=hot, routes=self._routes(), title="Roundhouse", lifespan=lifespan)
@@ -106,8 +134,20 @@ class GatewayRoutes:
             return Route(path, Endpoint.telling(make, shape), methods=["GET"])
 
         every = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
-        openai = Endpoint(self._unrouted, openai_shape, meter=self._meter("openai"))
-        open_inference = Endpoint(self._unrouted, open_inference_shape, meter=self._meter("open_inference"))
+        openai = Endpoint(
+            self._unrouted,
+            openai_shape,
+            meter=self._meter("openai"),
+            tracer=self._tracer,
+            route="/v2/models/{model}/v1/{rest}",
+        )
+        open_inference = Endpoint(
+            self._unrouted,
+            open_inference_shape,
+            meter=self._meter("open_inference"),
+            tracer=self._tracer,
+            route="/v2/models/{model}/{rest}",
+        )
         return [
             get("/v2", lambda _: server_metadata()),
             get("/v2/health/live", lambda _: {"live": True, "ready": not self._waiting()}),
@@ -122,6 +162,7 @@ class GatewayRoutes:
             Route("/v2/models/{name}/{rest:path}", open_inference, methods=every),
             Route("/v2/models/{name}", open_inference, methods=every),
             Route("/metrics", Endpoint(self._exposed, open_inference_shape), methods=["GET"]),
+            Route("/v2/requests/{id:path}", Endpoint(self._request, open_inference_shape), methods=["GET"]),
             get("/v1/models", lambda _: self._listed(), openai_shape),
             get("/v1/models/{name:path}", self._one_model, openai_shape),
             get("/openapi.json", lambda _: documents.gateway_document(self._directory.models())),
@@ -130,12 +171,11 @@ class GatewayRoutes:
         ]
 
     def _meter(self, protocol: str) -> Meter:
+        is_traced = self._tracer is not None and self._tracer.sampling.follow
+
         def ended(passage: Passage, headers: Mapping[bytes, bytes]) -> None:
-            outcome = passage.outcome
-            if outcome == "ok" and passage.status >= 400:
-                outcome = _OUTCOMES.get(passage.status, "internal_error")
-            trace = sampled_trace(headers.get(b"traceparent"))
-            self._metrics.of(passage.model).ended(protocol, outcome, passage.ended - passage.began, trace)
+            trace = exemplar_of(passage, headers, is_traced=is_traced)
+            self._metrics.of(passage.model).ended(protocol, passage.outcome, passage.ended - passage.began, trace)
 
         return ended
 
@@ -148,6 +188,18 @@ class GatewayRoutes:
         accept = headers.get(b"accept", b"").decode("latin-1")
         text, content_type = await asyncio.to_thread(_exposed, self._metrics_dir, accept)
         await send_bytes(send, 200, [(b"content-type", content_type.encode())], text)
+
+    async def _request(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:  # noqa: ARG002
+        """`GET /v2/requests/<x-request-id>`: how a request went, hop by hop, as this node remembers it."""
+        name = scope["path_params"]["id"]
+        hops = await asyncio.to_thread(find_request, self._metrics_dir, name) if self._metrics_dir is not None else []
+        if not hops:
+            raise PathNotFound(
+                f"no request {name!r:.100} is remembered: those sent with x-request-id are, for a while, on the node "
+                "that answered them"
+            )
+        body = orjson.dumps({"request_id": name, "trace_id": hops[0]["trace_id"], "hops": hops})
+        await send_bytes(send, 200, [JSON_HEADER, *echoed(headers)], body)
 
     def _waiting(self) -> list[ModelStatus]:
         """Return the models that are on their way; one that failed holds up nobody."""
@@ -224,7 +276,7 @@ class GatewayRoutes:
         query = scope.get("query_string", b"").decode("latin-1")
         path = quote(scope["path"]) + (f"?{query}" if query else "")
         async with self._watching(receive):
-            await self._deliver(name, scope["method"], path, passed, body, send)
+            await self._deliver(name, passage, scope["method"], path, passed, body, send)
 
     # Hot routes
 
@@ -240,20 +292,23 @@ class GatewayRoutes:
             body = await read_body(headers, receive, limit=limit, uploads=self._uploads)
             name = form_model(headers.get(b"content-type"), body) if is_form else body_model(body)
             status = find(self._directory, name)
-            Passage.of(scope).model = status.name
+            passage = Passage.of(scope)
+            passage.model = status.name
             if not status.ready:
                 raise not_ready(status)
             passed = [(key, headers[key]) for key in _PASSED_ON if key in headers]
             path = f"/v2/models/{name}/v1/{endpoint}"
             async with self._watching(receive):
-                await self._deliver(name, "POST", path, passed, body, send)
+                await self._deliver(name, passage, "POST", path, passed, body, send)
 
         return answer
 
     def _watching(self, receive: Receive) -> contextlib.AbstractAsyncContextManager[None]:
         return cancelled_on_disconnect(receive) if self._watch else contextlib.nullcontext()
 
-    async def _deliver(self, name: str, method: str, path: str, headers: Headers, body: bytes, send: Send) -> None:
+    async def _deliver(
+        self, name: str, passage: Passage, method: str, path: str, headers: Headers, body: bytes, send: Send
+    ) -> None:
         """Pass a request on to a replica of a model that is ready.
 
         Proxies learn of a new replica within moments, each in its own time: until one does, nothing was computed, and
@@ -261,23 +316,52 @@ class GatewayRoutes:
         """
         headers.append((_PASSED_ALONG, b"1"))
         ends = time.monotonic() + _ROUTE_WAIT_S
-        while not await self._pass_on(name, method, path, headers, body, send):
+        while not await self._attempt(name, passage, method, path, headers, body, send):
             status = find(self._directory, name)
             if not status.ready or time.monotonic() > ends:
                 raise _unreachable(status)
             await asyncio.sleep(_ROUTE_POLL_S)
 
-    async def _pass_on(self, name: str, method: str, path: str, headers: Headers, body: bytes, send: Send) -> bool:
+    async def _attempt(
+        self, name: str, passage: Passage, method: str, path: str, headers: Headers, body: bytes, send: Send
+    ) -> bool:
+        """Pass a request on within its trace; return whether it was answered."""
+        trace = passage.trace
+        if trace is None:
+            return await self._pass_on(name, passage, method, path, headers, body, send)
+        attempt = trace.attempt()
+        traced = [header for header in headers if header[0] != b"traceparent"]
+        traced.append((b"traceparent", trace.header_of(attempt)))
+        try:
+            return await self._pass_on(name, passage, method, path, traced, body, send, attempt)
+        finally:
+            attempt.end()
+
+    async def _pass_on(
+        self,
+        name: str,
+        passage: Passage,
+        method: str,
+        path: str,
+        headers: Headers,
+        body: bytes,
+        send: Send,
+        attempt: Attempt | None = None,
+    ) -> bool:
         """Return whether it was answered; where it was not, it reached no replica."""
         is_started = False
         is_events = False
         try:
             async with self._upstream.exchange(method, path, headers, body) as reply:
+                if attempt is not None:
+                    attempt.status = reply.status
                 if _is_unrouted(reply):
                     return False
                 is_events = reply.headers.get(b"content-type", b"").startswith(b"text/event-stream")
-                if not is_events and reply.status >= 400:
-                    await self._check_refusal(name, reply)
+                if reply.status >= 400:
+                    passage.outcome = _OUTCOMES.get(reply.status, "internal_error")
+                    if not is_events:
+                        await self._check_refusal(name, reply)
                 part, more = await reply.next_chunk()
                 is_started = True
                 await send({"type": "http.response.start", "status": reply.status, "headers": _head(reply, part, more)})
@@ -289,6 +373,7 @@ class GatewayRoutes:
             lost = self._lost(name, str(error))
             if not (is_started and is_events):
                 raise lost from error
+            passage.failed(problem(lost).code, lost)
             event = orjson.dumps(openai_shape(*describe(lost)))
             await send({"type": "http.response.body", "body": b"data: " + event + b"\n\n", "more_body": False})
         return True

@@ -12,11 +12,11 @@ from typing import Any
 import orjson
 from starlette.routing import BaseRoute, Route
 
-from serve.api import documents, openai_surface
-from serve.api.application import Answer, Application, Endpoint, Meter, Passage
+from serve.api import documents, genai, openai_surface
+from serve.api.application import Answer, Application, Endpoint, Meter, exemplar_of
 from serve.api.body import Uploads, asked_encoding, check_media_type, compress, parse_object, read_body
 from serve.api.deadlines import timeout_s
-from serve.api.errors import describe, open_inference_shape, openai_shape
+from serve.api.errors import describe, open_inference_shape, openai_shape, problem
 from serve.api.multipart import parse_form
 from serve.api.open_inference import HEADER_LENGTH, OpenInference
 from serve.api.pages import model_page
@@ -34,15 +34,23 @@ from serve.errors import InvalidInput, ModelNotFound, NotReady
 from serve.host import Host
 from serve.models.base import Item
 from serve.settings import Settings
-from serve.telemetry.traceparent import sampled_trace
+from serve.telemetry.passage import Passage
+from serve.telemetry.tracing import Tracer
 
 Headers = dict[bytes, bytes]
 Result = Mapping[str, Any]
 _EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+_LONGEST_CONTENT = 4096
 _READERS = {"chat/completions": openai_surface.read_chat, "completions": openai_surface.read_completions}
 
 
-def build_model_app(host: Host, *, settings: Settings, watch_disconnect: bool = False) -> Application:  # noqa: ARG001
+def build_model_app(
+    host: Host,
+    *,
+    settings: Settings,  # noqa: ARG001
+    watch_disconnect: bool = False,
+    tracer: Tracer | None = None,
+) -> Application:
     """Return the application of a loaded model, to be mounted anywhere (`root_path`).
 
     Args:
@@ -50,18 +58,20 @@ def build_model_app(host: Host, *, settings: Settings, watch_disconnect: bool = 
         settings: As for every application.
         watch_disconnect: Drop the work of a client that left. Ray's replica does that by cancelling the request's task;
             a plain ASGI server does not, and needs it.
+        tracer: What records its requests; the host's, so that their batches are in their traces.
 
     Raises:
         NotReady: The host is not loaded.
     """
-    return ModelRoutes(host, watch_disconnect=watch_disconnect).application()
+    return ModelRoutes(host, watch_disconnect=watch_disconnect, tracer=tracer).application()
 
 
 class ModelRoutes:
     """What answers each route of one model."""
 
-    def __init__(self, host: Host, *, watch_disconnect: bool) -> None:
+    def __init__(self, host: Host, *, watch_disconnect: bool, tracer: Tracer | None) -> None:
         self._host = host
+        self._tracer = tracer
         self._spec = host.spec
         self._signature = host.signature
         self._protocol = OpenInference(host.spec, host.signature)
@@ -72,30 +82,42 @@ class ModelRoutes:
 
     def application(self) -> Application:
         """Return the application."""
-        infer = Endpoint(self.infer, open_inference_shape, meter=self._meter("open_inference"))
+        meter, openai_meter = self._meter("open_inference"), self._meter("openai")
+        infer = Endpoint(
+            self.infer, open_inference_shape, meter=meter, tracer=self._tracer, route="/v2/models/{model}/infer"
+        )
         openai = {
             "embeddings": self.embeddings,
             "chat/completions": self._text("chat/completions"),
             "completions": self._text("completions"),
             "audio/transcriptions": self.transcriptions,
         }
-        meter = self._meter("openai")
         hot = {
             "/infer": infer,
             f"/versions/{self._protocol.version}/infer": infer,
-            **{f"/v1/{endpoint}": Endpoint(answer, openai_shape, meter=meter) for endpoint, answer in openai.items()},
+            **{
+                f"/v1/{endpoint}": Endpoint(
+                    answer,
+                    openai_shape,
+                    meter=openai_meter,
+                    tracer=self._tracer,
+                    route="/v2/models/{model}/v1/" + endpoint,
+                )
+                for endpoint, answer in openai.items()
+            },
         }
         name = self._spec.name
         return Application(hot=hot, routes=self._routes(), title=name, description=self._spec.description)
 
     def _meter(self, protocol: str) -> Meter:
         metrics = self._host.metrics
+        is_traced = self._tracer is not None and self._tracer.sampling.follow
 
         def ended(passage: Passage, headers: Mapping[bytes, bytes]) -> None:
-            trace = sampled_trace(headers.get(b"traceparent"))
+            trace = exemplar_of(passage, headers, is_traced=is_traced)
             metrics.requests.ended(protocol, passage.outcome, passage.ended - passage.began, trace)
-            if passage.outcome == "ok" and passage.left:
-                metrics.passed(read_s=passage.entered - passage.began, respond_s=passage.ended - passage.left)
+            if passage.outcome == "ok" and passage.answered:
+                metrics.passed(read_s=passage.arrived - passage.began, respond_s=passage.ended - passage.answered)
 
         return ended
 
@@ -180,21 +202,24 @@ class ModelRoutes:
 
     # Hot routes
 
+    def _tell_content(self, scope: Scope, body: bytes) -> None:
+        """Have a recorded request's span hold what was sent, where that is asked for."""
+        if self._tracer is not None and self._tracer.sampling.content:
+            Passage.of(scope).tell({"roundhouse.request.body": body[:_LONGEST_CONTENT].decode("utf-8", "replace")})
+
     async def _infer(
         self, scope: Scope, items: Sequence[Item], receive: Receive, *, timeout_s: float | None, size_bytes: int
     ) -> Sequence[Result]:
         passage = Passage.of(scope)
-        passage.entered = time.perf_counter()
-        work = self._host.infer(items, timeout_s=timeout_s, size_bytes=size_bytes)
-        results = await (unless_disconnected(work, receive) if self._watch else work)
-        passage.left = time.perf_counter()
-        return results
+        work = self._host.infer(items, timeout_s=timeout_s, size_bytes=size_bytes, passage=passage)
+        return await (unless_disconnected(work, receive) if self._watch else work)
 
     async def infer(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
         """`POST /infer`: tensors in, tensors out."""
         wait_s = timeout_s(headers)
         check_media_type(headers)
         body = await read_body(headers, receive, limit=self._limit, uploads=self._uploads)
+        self._tell_content(scope, body)
         request = self._protocol.read(body, headers.get(HEADER_LENGTH))
         if request.timeout_s is not None:
             wait_s = request.timeout_s if wait_s is None else min(wait_s, request.timeout_s)
@@ -213,10 +238,14 @@ class ModelRoutes:
         wait_s = timeout_s(headers)
         check_media_type(headers)
         body = await read_body(headers, receive, limit=self._limit, uploads=self._uploads)
+        self._tell_content(scope, body)
         request = openai_surface.read_embeddings(parse_object(body), self._spec, self._signature)
         items = [{"text": text} for text in request.texts]
         with _about_field("input"):
             results = await self._infer(scope, items, receive, timeout_s=wait_s, size_bytes=len(body))
+        passage = Passage.of(scope)
+        if passage.trace is not None:
+            passage.tell(genai.embedding_details(self._spec.name, results))
         answer = openai_surface.embeddings_answer(request, results, model=self._spec.name)
         content = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
         await send_bytes(send, 200, [JSON_HEADER, *echoed(headers)], content)
@@ -237,6 +266,18 @@ class ModelRoutes:
         else:
             await send_bytes(send, 200, [JSON_HEADER, *echoed(headers)], orjson.dumps(answer))
 
+    def _tell_text(
+        self,
+        passage: Passage,
+        request: openai_surface.TextRequest,
+        told: openai_surface.TextAnswer,
+        results: Sequence[Result],
+    ) -> None:
+        if passage.trace is not None:
+            operation = "chat" if request.field == "messages" else "text_completion"
+            usage = told.usage(results)
+            passage.tell(genai.text_details(operation, self._spec.name, request, results, usage))
+
     def _text(self, endpoint: str) -> Answer:
         """Return what answers `POST /v1/<endpoint>`: a prompt or a chat in, text out, whole or as events."""
         read = _READERS[endpoint]
@@ -246,6 +287,7 @@ class ModelRoutes:
             wait_s = timeout_s(headers)
             check_media_type(headers)
             body = await read_body(headers, receive, limit=self._limit, uploads=self._uploads)
+            self._tell_content(scope, body)
             request = read(parse_object(body), self._spec, self._signature)
             told = openai_surface.TextAnswer(
                 request,
@@ -259,6 +301,7 @@ class ModelRoutes:
                     await self._stream(request, told, scope, headers, receive, send, wait_s, len(body))
                     return
                 results = await self._infer(scope, request.items, receive, timeout_s=wait_s, size_bytes=len(body))
+            self._tell_text(Passage.of(scope), request, told, results)
             content = orjson.dumps(told.whole(results), option=orjson.OPT_SERIALIZE_NUMPY)
             await send_bytes(send, 200, [JSON_HEADER, *echoed(headers)], content)
 
@@ -279,9 +322,8 @@ class ModelRoutes:
         last: dict[int, Result] = {}
         started = False
         passage = Passage.of(scope)
-        passage.entered = time.perf_counter()
         try:
-            together = merged(self._host, request.items, timeout_s=wait_s, size_bytes=size_bytes)
+            together = merged(self._host, request.items, timeout_s=wait_s, size_bytes=size_bytes, passage=passage)
             async with cancelled_on_disconnect(receive), together as parts:
                 async for index, part in parts:
                     events = told.chunks(index, part)
@@ -294,13 +336,14 @@ class ModelRoutes:
                         last[index] = part
                     if events:
                         await _send_events(send, events)
-                passage.left = time.perf_counter()
-                closing = told.closing([last[index] for index in sorted(last)])
+                results = [last[index] for index in sorted(last)]
+                self._tell_text(passage, request, told, results)
+                closing = told.closing(results)
                 await _send_events(send, [closing] if closing else [], end=b"data: [DONE]\n\n")
         except Exception as error:
             if not started:
                 raise
-            passage.failed(error)
+            passage.failed(problem(error).code, error)
             await _send_events(send, [openai_shape(*describe(error))], end=b"")
         if started:
             await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -322,7 +365,12 @@ def _about_field(field: str, *, choices: int = 1) -> Any:
 
 @contextlib.asynccontextmanager
 async def merged(
-    host: Host, items: Sequence[Item], *, timeout_s: float | None, size_bytes: int
+    host: Host,
+    items: Sequence[Item],
+    *,
+    timeout_s: float | None,
+    size_bytes: int,
+    passage: Passage | None = None,
 ) -> AsyncIterator[AsyncIterator[tuple[int, Result]]]:
     """Stream several items at once: yields an iterator of (which item, part) that ends with the last of them.
 
@@ -332,7 +380,8 @@ async def merged(
 
     async def pump(index: int, item: Item) -> None:
         try:
-            stream = host.stream(item, timeout_s=timeout_s, size_bytes=size_bytes // len(items))
+            share = size_bytes // len(items)
+            stream = host.stream(item, timeout_s=timeout_s, size_bytes=share, passage=passage)
             async with contextlib.aclosing(stream) as parts:  # type: ignore[type-var]
                 async for part in parts:
                     await queue.put((index, part))

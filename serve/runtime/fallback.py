@@ -8,12 +8,15 @@ gateway replica is up.
 
 from __future__ import annotations
 
+import os
+
 from starlette.middleware import Middleware
 
 from serve.api.gateway_app import build_gateway_app
 from serve.api.wire import Receive, Scope, Send
 from serve.runtime.directory import RayDirectory
 from serve.settings import Settings
+from serve.telemetry.export import start_tracing
 
 
 class Fallback:
@@ -22,8 +25,13 @@ class Fallback:
     def __init__(self, app: object) -> None:
         self._ray = app
         settings = Settings.from_environment()
+        tracing = start_tracing(settings, instance=f"fallback-{os.getpid()}", passes_on=True)
         self._gateway = build_gateway_app(
-            RayDirectory(), settings=settings, base_url=settings.url, watch_disconnect=True
+            RayDirectory(),
+            settings=settings,
+            base_url=settings.url,
+            watch_disconnect=True,
+            tracer=tracing.tracer,
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -14,6 +14,7 @@ from serve.applications import GATEWAY, MAX_ONGOING_REQUESTS
 from serve.runtime import directory, phases
 from serve.runtime.ingress import take_over
 from serve.settings import Settings
+from serve.telemetry.export import start_tracing
 
 _ASK_S = 2.0
 
@@ -28,7 +29,10 @@ class Gateway:
 
     def __init__(self) -> None:
         settings = Settings.from_environment()
-        self._app = build_gateway_app(directory.RayDirectory(), settings=settings, base_url=settings.url)
+        self._tracing = start_tracing(settings, instance=ray_serve.get_replica_context().replica_tag, passes_on=True)
+        self._app = build_gateway_app(
+            directory.RayDirectory(), settings=settings, base_url=settings.url, tracer=self._tracing.tracer
+        )
         self._asks = False
         take_over(lambda: self._app)
 
@@ -51,6 +55,10 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
+
+    def __del__(self) -> None:
+        if hasattr(self, "_tracing"):
+            self._tracing.close()
 
 
 def build_gateway(*, log_level: str) -> ray_serve.Application:

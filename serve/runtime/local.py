@@ -30,6 +30,7 @@ from serve.runtime import fork_server
 from serve.runtime.plan import Changes, diff, shortages
 from serve.settings import Settings
 from serve.spec import ModelSpec
+from serve.telemetry.export import exporter_modules
 
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -137,7 +138,8 @@ class Platform:
         os.environ.update(self._settings.replaced(metrics_dir=metrics_dir).as_environment())
         os.environ.update(ray_environment(self._folder, ports=_free_ports(5), hard_stop_s=_drain_s(specs)))
         if _CAN_FORK:
-            fork_server.start(self._folder, modules=list(dict.fromkeys(module_of(spec.task) for spec in specs)))
+            modules = dict.fromkeys(module_of(spec.task) for spec in specs)
+            fork_server.start(self._folder, modules=[*modules, *exporter_modules(self._settings)])
         self._say("starting Ray")
         self._start_ray()
         self._say("starting Ray Serve")

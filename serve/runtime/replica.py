@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sys
@@ -20,6 +21,7 @@ from serve.runtime.ingress import take_over
 from serve.runtime.phases import PhaseReporter
 from serve.settings import Settings
 from serve.spec import ModelSpec
+from serve.telemetry.export import start_tracing
 from serve.telemetry.metrics import ReplicaMetrics
 
 # The event loop and the model's thread share the GIL; a shorter turn lets the model's next operation start sooner.
@@ -42,17 +44,20 @@ class ModelReplica:
         take_over(lambda: self._app)
         self._spec = ModelSpec.model_validate_json(spec or _from_config())
         self._settings = Settings.from_environment()
-        say = PhaseReporter(self._spec.name, ray_serve.get_replica_context().replica_tag)
+        instance = ray_serve.get_replica_context().replica_tag
+        say = PhaseReporter(self._spec.name, instance)
         say("starting", "importing")
         metrics = ReplicaMetrics.of(self._spec.name, folder=self._settings.metrics_dir)
-        self._host = Host(self._spec, settings=self._settings, base_dir=Path(base_dir), metrics=metrics)
+        self._tracing = start_tracing(self._settings, instance=instance, model=self._spec.name)
+        tracer = self._tracing.tracer
+        self._host = Host(self._spec, settings=self._settings, base_dir=Path(base_dir), metrics=metrics, tracer=tracer)
 
         def on_phase(phase: Phase) -> None:
             say(phase.name, phase.message, phase.done, phase.total)
 
         try:
             await self._host.load(on_phase)
-            self._app = build_model_app(self._host, settings=self._settings)
+            self._app = build_model_app(self._host, settings=self._settings, tracer=tracer)
         except Exception as error:
             say("failed", f"{type(error).__name__}: {error}")
             raise
@@ -75,6 +80,7 @@ class ModelReplica:
         if hasattr(self, "_host"):
             await self._host.drain(max(30.0, self._spec.deadline_ms / 1000))
             await self._host.close()
+            await asyncio.to_thread(self._tracing.close)
 
 
 def build_application(spec: ModelSpec, *, base_dir: Path, log_level: str) -> ray_serve.Application:

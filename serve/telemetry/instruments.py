@@ -99,9 +99,10 @@ PHASE_DURATION = Instrument(
     "roundhouse.request.phase.duration",
     "histogram",
     "s",
-    "Where the time of answered requests went. `read`: body and items. `prepare`: the call that made the first item "
-    "ready. `queue`: the rest of the wait for the model. `compute`: from the first item's batch, or the stream's slot, "
-    "to the answer. `respond`: writing it. The middle three are of each stream where one request opens several.",
+    "Where the time of answered requests went. `read`: body and items, until they are queued. `prepare`: the call that "
+    "made the first item ready. `queue`: the rest of the wait for the model. `compute`: from the first item's batch, "
+    "or the stream's slot, to the answer. `respond`: writing it. The middle three are of each stream where one "
+    "request opens several.",
     {"phase": REQUEST_PHASES},
     bounds=_SECONDS,
 )
@@ -222,6 +223,14 @@ GATEWAY_REQUEST_DURATION = Instrument(
     bounds=_SECONDS,
     exemplars=True,
 )
+SPANS = Instrument(
+    "roundhouse.telemetry.spans",
+    "counter",
+    "{span}",
+    "Spans that the collector of traces took (`exported`), and that it did not take or that were too many to hold "
+    "(`dropped`). A gateway counts them with an empty `model`.",
+    {"result": ("exported", "dropped")},
+)
 MEMORY = Instrument(
     "roundhouse.process.memory",
     "gauge",
@@ -238,10 +247,14 @@ REPLICA = (
 )  # fmt: skip
 #: What a gateway records.
 GATEWAY = (GATEWAY_REQUESTS, GATEWAY_REQUEST_DURATION)
+#: What a process records that sends spans.
+EXPORTER = (SPANS,)
 #: Who records, and what: the first part of a page's file name.
-ROLES: Mapping[str, tuple[Instrument, ...]] = MappingProxyType({"replica": REPLICA, "gateway": GATEWAY})
+ROLES: Mapping[str, tuple[Instrument, ...]] = MappingProxyType(
+    {"replica": REPLICA, "gateway": GATEWAY, "exporter": EXPORTER}
+)
 #: `MEMORY` is recorded by nobody: it is found out when it is asked for.
-ALL = (*REPLICA, *GATEWAY, MEMORY)
+ALL = (*REPLICA, *GATEWAY, *EXPORTER, MEMORY)
 
 
 def markdown_table() -> str:

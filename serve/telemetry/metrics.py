@@ -166,6 +166,27 @@ class ReplicaMetrics:
         self._page.release()
 
 
+class SpanMetrics:
+    """What became of a process's spans; from one thread."""
+
+    def __init__(self, page: Page) -> None:
+        results = page.counters(named.SPANS)
+        self._exported, self._dropped = results[("exported",)], results[("dropped",)]
+
+    @classmethod
+    def of(cls, model: str, *, folder: Path | None) -> SpanMetrics:
+        """Return those of this process; `model` and `folder` as in `ReplicaMetrics.of`, "" is a gateway."""
+        return cls(_page(folder, "exporter", model))
+
+    def exported(self, count: int) -> None:
+        """Count spans that the collector took."""
+        self._exported.add(count)
+
+    def dropped(self, count: int) -> None:
+        """Count spans that it did not take, or that were too many to hold."""
+        self._dropped.add(count)
+
+
 class GatewayMetrics:
     """What a gateway records of each declared model, and of requests that name none.
 

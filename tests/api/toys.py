@@ -22,6 +22,7 @@ from serve.models.base import Item, LoadContext, Signature, Step, TensorSpec
 from serve.settings import Settings
 from serve.spec import ModelSpec
 from serve.telemetry.metrics import ReplicaMetrics
+from serve.telemetry.tracing import Tracer
 
 DIMENSIONS = 4
 
@@ -193,10 +194,12 @@ class Listener(Plain):
 
 
 @contextlib.asynccontextmanager
-async def hosted(model_spec: ModelSpec, model: Any, metrics_dir: Path | None = None) -> AsyncIterator[Host]:
+async def hosted(
+    model_spec: ModelSpec, model: Any, metrics_dir: Path | None = None, tracer: Tracer | None = None
+) -> AsyncIterator[Host]:
     """Load a toy into a real Host."""
     metrics = ReplicaMetrics.of(model_spec.name, folder=metrics_dir)
-    host = Host(model_spec, settings=Settings(), model=model, metrics=metrics)
+    host = Host(model_spec, settings=Settings(), model=model, metrics=metrics, tracer=tracer)
     await host.load()
     try:
         yield host

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,12 +75,14 @@ class Running:
 
 
 @contextlib.contextmanager
-def running_platform(declaration: Path, folder: Path) -> Iterator[Running]:
+def running_platform(declaration: Path, folder: Path, more: Mapping[str, str] | None = None) -> Iterator[Running]:
+    """Run `roundhouse up`, with `more` in its environment."""
     port = free_port()
     environment = {
         **os.environ,
         "ROUNDHOUSE_STATE_DIR": str(folder / "state"),
         "ROUNDHOUSE_PORT": str(port),
+        **(more or {}),
     }
     log = folder / "up.log"
     with log.open("wb") as output:

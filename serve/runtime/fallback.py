@@ -22,8 +22,9 @@ class Fallback:
     def __init__(self, app: object) -> None:
         self._ray = app
         settings = Settings.from_environment()
+        models = RayDirectory()
         self._gateway = build_gateway_app(
-            RayDirectory(), settings=settings, base_url=settings.url, watch_disconnect=True
+            models, settings=settings, base_url=settings.url, watch_disconnect=True, insight=models.insight()
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

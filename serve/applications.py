@@ -111,13 +111,14 @@ def replica_options(spec: ModelSpec) -> dict[str, Any]:
             "min_replicas": scaling.min_replicas,
             "max_replicas": scaling.max_replicas,
             "target_ongoing_requests": scaling.target_ongoing_requests,
+            "policy": {"policy_function": "serve.runtime.policy:NotedPolicy"},
         }
     }
 
 
 def gateway_entry(spec: ModelSpec) -> dict[str, Any]:
     """Return what the gateway has to know of a declared model, in JSON values."""
-    return spec.model_dump(mode="json", include={"name", "task", "description", "limits", "revision"})
+    return spec.model_dump(mode="json", include={"name", "task", "description", "limits", "revision", "scaling"})
 
 
 def serve_config(

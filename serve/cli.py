@@ -217,6 +217,48 @@ def _predict(options: argparse.Namespace) -> int:
     return ask(running.url if running else settings.url)
 
 
+def _explain_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="its name in the declaration")
+    parser.add_argument(
+        "--at",
+        metavar="TIME",
+        help="what was decided then, or last before: 14:05[:30] of today, or 2026-01-31T14:05:30Z",
+    )
+    _platform_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print the whole answer, or with --at the decision")
+    _remote_arguments(parser)
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from serve.runtime.explain import explain, read_time
+
+    at = read_time(options.at) if options.at is not None else None
+
+    def ask(url: str) -> int:
+        explain(url, options.model, at=at, as_json=options.json)
+        return OK
+
+    if _asks_cluster(options):
+        from serve.cluster.remote import forwarded
+
+        with forwarded(options.context, options.namespace) as url:
+            return ask(url)
+    return ask(_running(options)[1].url)
+
+
+def _top_arguments(parser: argparse.ArgumentParser) -> None:
+    _platform_arguments(parser)
+    parser.add_argument("--once", action="store_true", help="look for two seconds, print, and end")
+    parser.add_argument("--json", action="store_true", help="print a JSON list of the models, one a line")
+
+
+def _top(options: argparse.Namespace) -> int:
+    from serve.runtime.top import top
+
+    top(_running(options)[1].url, once=options.once, as_json=options.json)
+    return OK
+
+
 def _trace_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("request", metavar="REQUEST_ID", help="the x-request-id that it was sent with")
     parser.add_argument("--json", action="store_true", help="print its spans as JSON")
@@ -461,6 +503,8 @@ def _print_json(value: object) -> None:
 COMMANDS = (
     Command("up", "[FILE]", "Serve the models of a declaration, and follow its edits", _up_arguments, _up),
     Command("status", "", "Show the models of the running platform", _status_arguments, _status),
+    Command("top", "", "Watch what the models do: requests, times, replicas", _top_arguments, _top),
+    Command("explain", "MODEL", "Tell why a model has as many replicas as it has", _explain_arguments, _explain),
     Command("predict", "MODEL INPUT...", "Ask a model, from the command line", _predict_arguments, _predict),
     Command("trace", "REQUEST_ID", "Show where the time of a request went", _trace_arguments, _trace),
     Command("down", "", "Drain and stop the running platform", _platform_arguments, _down),

@@ -17,12 +17,11 @@ def parse(text: str) -> list[Sample]:
     return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
 
 
-class Scrape:
-    """One scrape of a folder."""
+class Samples:
+    """What one scrape found."""
 
-    def __init__(self, folder: Path) -> None:
-        text, self.content_type = exposed(folder, OPENMETRICS)
-        self.samples = parse(text.decode())
+    def __init__(self, samples: list[Sample]) -> None:
+        self.samples = samples
 
     def series(self) -> set[tuple[str, frozenset[tuple[str, str]]]]:
         """Return each series' name and labels."""
@@ -47,3 +46,11 @@ class Scrape:
     def exemplars(self, name: str) -> dict[str, Exemplar]:
         """Return the exemplars of a histogram by their buckets' bounds."""
         return {sample.labels["le"]: sample.exemplar for sample in self.found(f"{name}_bucket") if sample.exemplar}
+
+
+class Scrape(Samples):
+    """One scrape of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        text, self.content_type = exposed(folder, OPENMETRICS)
+        super().__init__(parse(text.decode()))

@@ -4,9 +4,17 @@ import json
 from typing import Any
 
 import pytest
+from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
-from serve.applications import application_name, declared_in, model_of, serve_config, variables_of
+from serve.applications import (
+    application_name,
+    declared_in,
+    model_of,
+    replica_options,
+    serve_config,
+    variables_of,
+)
 from serve.spec import ModelSpec
 
 
@@ -47,6 +55,29 @@ def test_an_edit_of_the_replicas_restarts_none(scaling: dict[str, int]) -> None:
     after = application(serve_config([declared("one", scaling=scaling)]), "one")
     assert variables_of(before) == variables_of(after)
     assert before["deployments"] != after["deployments"]
+
+
+def test_every_model_whose_replicas_are_chosen_is_asked_of_the_policy_that_notes_why() -> None:
+    fixed, chosen = (
+        declared("one", scaling={"min_replicas": 2, "max_replicas": 2}),
+        declared("two", scaling={"max_replicas": 4}),
+    )
+    config = serve_config([fixed, chosen])
+    policies = [
+        AutoscalingConfig(**found["autoscaling_config"]).policy
+        for name in ("one", "two")
+        for found in application(config, name)["deployments"]
+        if "autoscaling_config" in found
+    ]
+    assert [policy.get_policy().__name__ for policy in policies] == ["NotedPolicy"]
+    assert replica_options(chosen).items() <= application(config, "two")["deployments"][0].items()
+
+
+def test_the_gateway_is_told_the_bounds() -> None:
+    [told] = serve_config([declared("one", scaling={"max_replicas": 4})])["applications"][0]["deployments"][0][
+        "user_config"
+    ]["models"]
+    assert (told["scaling"]["min_replicas"], told["scaling"]["max_replicas"]) == (1, 4)
 
 
 def test_a_new_model_changes_no_process_of_the_gateway() -> None:

@@ -4,11 +4,40 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Protocol
 
 from serve.errors import ModelNotFound, NotReady
+
+#: `cpu`, `gpu` or `memory` (bytes) -> `total` and `free`, of all the platform's machines.
+Capacity = Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelScaling:
+    """How many replicas a model may have, and what is known of how that number is chosen.
+
+    Args:
+        starting, draining: Replicas that do not answer yet, and that finish what they have.
+        min_replicas, max_replicas: As declared; where they are the same, nothing is chosen.
+        target_ongoing_requests: As declared.
+        ongoing_requests: What was last decided on, of all replicas; None before that.
+        decisions: `up.load` and so on -> how many; empty where nothing is chosen.
+    """
+
+    starting: int = 0
+    draining: int = 0
+    min_replicas: int = 1
+    max_replicas: int = 1
+    target_ongoing_requests: float = 16.0
+    ongoing_requests: float | None = None
+    decisions: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Return whether the number of replicas is declared rather than chosen."""
+        return self.min_replicas == self.max_replicas
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +57,7 @@ class ModelStatus:
         request: A body that `POST /v2/models/<name>/infer` answers, where one is known; the documents show it.
         version: As `version_of` gives it.
         changing: Whether replicas of a changed declaration are on their way, while those before answer.
+        scaling: How many replicas there may be, and why.
     """
 
     name: str
@@ -42,6 +72,7 @@ class ModelStatus:
     request: Mapping[str, Any] | None = None
     version: str = "1"
     changing: bool = False
+    scaling: ModelScaling = ModelScaling()
 
     @property
     def ready(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from serve.api import tensors
 from serve.api.directory import ModelStatus
+from serve.api.explanation import example
 from serve.api.open_inference import OpenInference
 from serve.api.openai_surface import ENDPOINTS
 from serve.models.base import Item, Signature, TensorSpec
@@ -55,6 +56,7 @@ def model_document(protocol: OpenInference) -> Document:
         "/ready": {"get": _read_operation("Whether the model answers", {"name": spec.name, "ready": True})},
         "/config": {"get": _read_operation("The model's configuration, in Triton's words", protocol.config())},
         "/stats": {"get": _read_operation("What the model has done", {"model_stats": []})},
+        "/explain": {"get": _explain_operation(spec.name)},
     }
     for endpoint, task in ENDPOINTS.items():
         if task == spec.task:
@@ -170,6 +172,16 @@ def _openai_operation(endpoint: str, model: str) -> Document:
     }
 
 
+def _explain_operation(model: str) -> Document:
+    return _read_operation("Why there are as many replicas as there are", example(model)) | {
+        "description": "`holds` says why their number stays as it is; `decisions` are its last changes, newest first, "
+        "each with the load that it was decided on."
+    }
+
+
+_MODEL: Document = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+
+
 def _read_operation(summary: str, example: Mapping[str, Any] | list[Document]) -> Document:
     schema = {"type": "array", "items": {"type": "object"}} if isinstance(example, list) else {"type": "object"}
     content = {"application/json": {"schema": schema, "example": example}}
@@ -193,6 +205,7 @@ def gateway_document(models: Sequence[ModelStatus]) -> Document:
         "/v2/health/live": {"get": _read_operation("Whether the server runs", {"live": True, "ready": True})},
         "/v2/health/ready": {"get": _read_operation("Whether every model answers", {"live": True, "ready": True})},
         "/v2/repository/index": {"post": _read_operation("Every declared model and its state", index)},
+        "/v2/models/{name}/explain": {"get": _explain_operation("minilm") | {"parameters": [_MODEL]}},
         "/v1/models": {"get": _read_operation("Every declared model", {"object": "list", "data": []})},
     }
     for endpoint, task in ENDPOINTS.items():

@@ -29,7 +29,9 @@ from serve.api.errors import (
     openai_shape,
     problem,
 )
+from serve.api.explanation import explanation
 from serve.api.forward import Reply, Upstream, UpstreamError
+from serve.api.insight import NO_INSIGHT, Insight, samples
 from serve.api.multipart import parse_form
 from serve.api.pages import gateway_page
 from serve.api.wire import (
@@ -77,6 +79,7 @@ def build_gateway_app(
     base_url: str,
     watch_disconnect: bool = False,
     tracer: Tracer | None = None,
+    insight: Insight = NO_INSIGHT,
 ) -> Application:
     """Return the gateway's application.
 
@@ -86,9 +89,15 @@ def build_gateway_app(
         base_url: `http://host:port` of what routes `/v2/models/<name>/...` to that model's replicas.
         watch_disconnect: As in `build_model_app`.
         tracer: What records requests; None records none.
+        insight: What the platform tells of itself, for metrics and explanations.
     """
     return GatewayRoutes(
-        directory, settings=settings, base_url=base_url, watch_disconnect=watch_disconnect, tracer=tracer
+        directory,
+        settings=settings,
+        base_url=base_url,
+        watch_disconnect=watch_disconnect,
+        tracer=tracer,
+        insight=insight,
     ).application()
 
 
@@ -103,9 +112,11 @@ class GatewayRoutes:
         base_url: str,
         watch_disconnect: bool,
         tracer: Tracer | None,
+        insight: Insight,
     ) -> None:
         self._directory = directory
         self._tracer = tracer
+        self._insight = insight
         self._upstream = Upstream(base_url, spare_url=settings.proxies_url)
         self._uploads = Uploads(_ARRIVING_BYTES)
         self._watch = watch_disconnect
@@ -158,6 +169,7 @@ class GatewayRoutes:
                 for verb in ("load", "unload")
             ),
             Route("/v2/models/stats", Endpoint(self._stats, open_inference_shape), methods=["GET"]),
+            Route("/v2/models/{name}/explain", Endpoint(self._explained, open_inference_shape), methods=["GET"]),
             Route("/v2/models/{name}/v1/{rest:path}", openai, methods=every),
             Route("/v2/models/{name}/{rest:path}", open_inference, methods=every),
             Route("/v2/models/{name}", open_inference, methods=every),
@@ -186,7 +198,8 @@ class GatewayRoutes:
         if self._metrics_dir is None:
             raise PathNotFound("no metrics are kept here: ROUNDHOUSE_METRICS_DIR is not set")
         accept = headers.get(b"accept", b"").decode("latin-1")
-        text, content_type = await asyncio.to_thread(_exposed, self._metrics_dir, accept)
+        models = self._directory.models()
+        text, content_type = await asyncio.to_thread(_exposed, self._metrics_dir, accept, models, self._insight)
         await send_bytes(send, 200, [(b"content-type", content_type.encode())], text)
 
     async def _request(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:  # noqa: ARG002
@@ -200,6 +213,13 @@ class GatewayRoutes:
             )
         body = orjson.dumps({"request_id": name, "trace_id": hops[0]["trace_id"], "hops": hops})
         await send_bytes(send, 200, [JSON_HEADER, *echoed(headers)], body)
+
+    async def _explained(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:  # noqa: ARG002
+        """`GET /v2/models/<name>/explain`: of any declared model, whether it answers or not."""
+        status = find(self._directory, scope["path_params"]["name"])
+        kept = await asyncio.to_thread(self._insight.kept, status.name)
+        told = explanation(status, kept, now=time.time())
+        await send_bytes(send, 200, [JSON_HEADER, *echoed(headers)], orjson.dumps(told))
 
     def _waiting(self) -> list[ModelStatus]:
         """Return the models that are on their way; one that failed holds up nobody."""
@@ -398,10 +418,10 @@ class GatewayRoutes:
         )
 
 
-def _exposed(folder: Path, accept: str) -> tuple[bytes, str]:
+def _exposed(folder: Path, accept: str, models: Sequence[ModelStatus], insight: Insight) -> tuple[bytes, str]:
     from serve.telemetry.exposition import exposed  # what it needs takes a tenth of a second to import
 
-    return exposed(folder, accept)
+    return exposed(folder, accept, samples(models, insight))
 
 
 def _is_json(reply: Reply) -> bool:

@@ -7,6 +7,7 @@ import contextlib
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import orjson
@@ -17,6 +18,7 @@ from serve.api.application import Answer, Application, Endpoint, Meter, exemplar
 from serve.api.body import Uploads, asked_encoding, check_media_type, compress, parse_object, read_body
 from serve.api.deadlines import timeout_s
 from serve.api.errors import describe, open_inference_shape, openai_shape, problem
+from serve.api.explanation import unscaled
 from serve.api.multipart import parse_form
 from serve.api.open_inference import HEADER_LENGTH, OpenInference
 from serve.api.pages import model_page
@@ -50,6 +52,7 @@ def build_model_app(
     settings: Settings,  # noqa: ARG001
     watch_disconnect: bool = False,
     tracer: Tracer | None = None,
+    explain: Callable[[], dict[str, Any]] | None = None,
 ) -> Application:
     """Return the application of a loaded model, to be mounted anywhere (`root_path`).
 
@@ -59,19 +62,28 @@ def build_model_app(
         watch_disconnect: Drop the work of a client that left. Ray's replica does that by cancelling the request's task;
             a plain ASGI server does not, and needs it.
         tracer: What records its requests; the host's, so that their batches are in their traces.
+        explain: Returns why the model has the replicas that it has; may block. None where nothing scales it.
 
     Raises:
         NotReady: The host is not loaded.
     """
-    return ModelRoutes(host, watch_disconnect=watch_disconnect, tracer=tracer).application()
+    return ModelRoutes(host, watch_disconnect=watch_disconnect, tracer=tracer, explain=explain).application()
 
 
 class ModelRoutes:
     """What answers each route of one model."""
 
-    def __init__(self, host: Host, *, watch_disconnect: bool, tracer: Tracer | None) -> None:
+    def __init__(
+        self,
+        host: Host,
+        *,
+        watch_disconnect: bool,
+        tracer: Tracer | None,
+        explain: Callable[[], dict[str, Any]] | None,
+    ) -> None:
         self._host = host
         self._tracer = tracer
+        self._explain = explain or partial(unscaled, host.spec)
         self._spec = host.spec
         self._signature = host.signature
         self._protocol = OpenInference(host.spec, host.signature)
@@ -140,6 +152,7 @@ class ModelRoutes:
         return [
             *routes,
             Route("/versions/{version}/infer", other_version, methods=["POST"]),
+            Route("/explain", Endpoint(self.explain, open_inference_shape), methods=["GET"]),
             Route("/v1/models", listed, methods=["GET"]),
             Route("/v1/models/{model:path}", Endpoint.telling(self._one_model, openai_shape), methods=["GET"]),
             Route("/openapi.json", Endpoint.telling(lambda _: self._document, open_inference_shape), methods=["GET"]),
@@ -199,6 +212,11 @@ class ModelRoutes:
             "items_per_second": stats.items_per_s,
         }
         return {"model_stats": [entry]}
+
+    async def explain(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        """`GET /explain`: why there are as many replicas as there are."""
+        told = await asyncio.to_thread(self._explain)
+        await send_bytes(send, 200, [JSON_HEADER, *echoed(headers)], orjson.dumps(told))
 
     # Hot routes
 

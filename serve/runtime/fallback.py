@@ -26,12 +26,14 @@ class Fallback:
         self._ray = app
         settings = Settings.from_environment()
         tracing = start_tracing(settings, instance=f"fallback-{os.getpid()}", passes_on=True)
+        models = RayDirectory()
         self._gateway = build_gateway_app(
-            RayDirectory(),
+            models,
             settings=settings,
             base_url=settings.url,
             watch_disconnect=True,
             tracer=tracing.tracer,
+            insight=models.insight(),
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

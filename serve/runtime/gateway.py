@@ -11,7 +11,7 @@ from fastapi import FastAPI
 
 from serve.api.gateway_app import build_gateway_app
 from serve.applications import GATEWAY, MAX_ONGOING_REQUESTS
-from serve.runtime import directory, phases
+from serve.runtime import decisions, directory, phases
 from serve.runtime.ingress import take_over
 from serve.settings import Settings
 from serve.telemetry.export import start_tracing
@@ -30,8 +30,13 @@ class Gateway:
     def __init__(self) -> None:
         settings = Settings.from_environment()
         self._tracing = start_tracing(settings, instance=ray_serve.get_replica_context().replica_tag, passes_on=True)
+        models = directory.RayDirectory()
         self._app = build_gateway_app(
-            directory.RayDirectory(), settings=settings, base_url=settings.url, tracer=self._tracing.tracer
+            models,
+            settings=settings,
+            base_url=settings.url,
+            tracer=self._tracing.tracer,
+            insight=models.insight(),
         )
         self._asks = False
         take_over(lambda: self._app)
@@ -40,17 +45,21 @@ class Gateway:
         """Take the declared models over (called by Ray with a cluster's `user_config`)."""
         models = declared["models"]
         names = {model["name"] for model in models}
-        for model in phases.declared():
-            if model["name"] not in names:
-                phases.forget(model["name"])
+        before = {model["name"] for model in phases.declared()}
+        for name in before - names:
+            phases.forget(name)
+        # A model that is declared anew has no past, whoever had its name.
+        for name in before ^ names:
+            decisions.forget(name)
         phases.declare(models)
         if not self._asks:
             self._asks = True
             threading.Thread(target=self._ask, name="asker", daemon=True).start()
 
     def _ask(self) -> None:
+        asker = directory.Asker()
         while True:
-            directory.ask_or_keep()
+            asker.ask_or_keep()
             time.sleep(_ASK_S)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

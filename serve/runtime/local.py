@@ -153,6 +153,11 @@ class Platform:
         memory = psutil.virtual_memory().available
         return shortages(specs, cpus=os.cpu_count() or 1, memory_bytes=memory, gpus=gpus)
 
+    @property
+    def machine(self) -> dict[str, float]:
+        """Return what this machine has of the resources that Ray was told of without end."""
+        return {"CPU": float(os.cpu_count() or 1), "memory": float(psutil.virtual_memory().total)}
+
     def _start_ray(self) -> None:
         import ray
 
@@ -213,7 +218,7 @@ class Platform:
         """
         import ray.serve as ray_serve
 
-        from serve.runtime import phases
+        from serve.runtime import decisions, phases
         from serve.runtime.replica import build_application
 
         changes = diff(self._running, specs)
@@ -226,6 +231,9 @@ class Platform:
         targets = []
         for spec in changes.deploy:
             phases.forget(spec.name)
+            if spec.name not in self._running:
+                # A model that is declared anew has no past, whoever had its name.
+                decisions.forget(spec.name)
             application = build_application(spec, base_dir=base_dir, log_level=self._settings.log_level)
             targets.append(
                 ray_serve.RunTarget(application, name=application_name(spec.name), route_prefix=route_prefix(spec.name))

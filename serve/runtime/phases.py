@@ -15,9 +15,9 @@ from ray.experimental.internal_kv import (
     _internal_kv_put,
 )
 
-from serve.api.directory import ModelStatus
+from serve.api.directory import Capacity, ModelScaling, ModelStatus
 
-_NAMESPACE = b"roundhouse"
+NAMESPACE = b"roundhouse"
 _DECLARED = b"declared"
 _STATUSES = b"statuses"
 
@@ -49,14 +49,14 @@ class ReplicaPhase:
 
 def report(phase: ReplicaPhase) -> None:
     """Publish a replica's phase, replacing what any replica of its model said before."""
-    _internal_kv_put(_key(phase.model), json.dumps(asdict(phase)).encode(), overwrite=True, namespace=_NAMESPACE)
+    _internal_kv_put(_key(phase.model), json.dumps(asdict(phase)).encode(), overwrite=True, namespace=NAMESPACE)
 
 
 def reported() -> list[ReplicaPhase]:
     """Return what a replica of each model last said, oldest first."""
     found = []
-    for key in _internal_kv_list(b"phase/", namespace=_NAMESPACE):
-        value = _internal_kv_get(key, namespace=_NAMESPACE)
+    for key in _internal_kv_list(b"phase/", namespace=NAMESPACE):
+        value = _internal_kv_get(key, namespace=NAMESPACE)
         if value:
             found.append(ReplicaPhase(**json.loads(value)))
     return sorted(found, key=lambda phase: phase.at)
@@ -64,7 +64,7 @@ def reported() -> list[ReplicaPhase]:
 
 def forget(model: str) -> None:
     """Remove what the replicas of a model said."""
-    _internal_kv_del(_key(model), namespace=_NAMESPACE)
+    _internal_kv_del(_key(model), namespace=NAMESPACE)
 
 
 def _key(model: str) -> bytes:
@@ -73,25 +73,29 @@ def _key(model: str) -> bytes:
 
 def declare(models: Sequence[dict[str, Any]]) -> None:
     """Publish the models that are declared, for the gateway's directory."""
-    _internal_kv_put(_DECLARED, json.dumps(models).encode(), overwrite=True, namespace=_NAMESPACE)
+    _internal_kv_put(_DECLARED, json.dumps(models).encode(), overwrite=True, namespace=NAMESPACE)
 
 
 def declared() -> list[dict[str, Any]]:
     """Return what `declare` published last."""
-    value = _internal_kv_get(_DECLARED, namespace=_NAMESPACE)
+    value = _internal_kv_get(_DECLARED, namespace=NAMESPACE)
     return list(json.loads(value)) if value else []
 
 
-def publish(models: Sequence[ModelStatus]) -> None:
-    """Publish the models' state, as the one process that asks Ray knows it."""
-    told = json.dumps([asdict(model) for model in models]).encode()
-    _internal_kv_put(_STATUSES, told, overwrite=True, namespace=_NAMESPACE)
+def publish(models: Sequence[ModelStatus], capacity: Capacity) -> None:
+    """Publish the models' state and what the machines have, as the one process that asks Ray knows it."""
+    told = json.dumps({"models": [asdict(model) for model in models], "capacity": capacity}).encode()
+    _internal_kv_put(_STATUSES, told, overwrite=True, namespace=NAMESPACE)
 
 
-def published() -> list[ModelStatus]:
+def published() -> tuple[list[ModelStatus], Capacity]:
     """Return what `publish` published last."""
-    value = _internal_kv_get(_STATUSES, namespace=_NAMESPACE)
-    return [ModelStatus(**told) for told in json.loads(value)] if value else []
+    value = _internal_kv_get(_STATUSES, namespace=NAMESPACE)
+    if not value:
+        return [], {}
+    told = json.loads(value)
+    models = [ModelStatus(**model | {"scaling": ModelScaling(**model["scaling"])}) for model in told["models"]]
+    return models, told["capacity"]
 
 
 class PhaseReporter:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from serve.api.documents import infer_example
 from serve.api.model_app import build_model_app
 from serve.applications import DEPLOYMENT, MODEL_VARIABLE, deployment_options, replica_options
 from serve.host import Host, Phase
+from serve.runtime import directory
 from serve.runtime.ingress import take_over
 from serve.runtime.phases import PhaseReporter
 from serve.settings import Settings
@@ -57,7 +59,8 @@ class ModelReplica:
 
         try:
             await self._host.load(on_phase)
-            self._app = build_model_app(self._host, settings=self._settings, tracer=tracer)
+            explain = partial(directory.explained, self._spec.name)
+            self._app = build_model_app(self._host, settings=self._settings, tracer=tracer, explain=explain)
         except Exception as error:
             say("failed", f"{type(error).__name__}: {error}")
             raise

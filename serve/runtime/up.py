@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -23,6 +24,9 @@ from serve.runtime.board import Board, settled, time_spent
 from serve.runtime.local import Platform, has_haproxy
 from serve.settings import Settings
 from serve.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from serve.runtime.directory import Asker
 
 _STARTING_POLL_S = 0.5
 _SETTLED_POLL_S = 2.0
@@ -106,12 +110,10 @@ class Up:
         for note in self._platform.shortages(declaration.models):
             self._board.say(f"note: {note}")
 
-    def _ask(self) -> list[ModelStatus] | None:
+    def _ask(self, asker: Asker) -> list[ModelStatus] | None:
         """Return the models' state, or None while Ray does not tell: it brings a lost controller back by itself."""
-        from serve.runtime import directory
-
         try:
-            models = directory.ask()
+            models = asker.ask()
         except Exception as error:
             if not self._is_deaf:
                 self._board.say(f"Ray does not tell how the models are ({type(error).__name__}); asking again")
@@ -121,10 +123,13 @@ class Up:
         return models
 
     def _follow(self, declaration: Declaration) -> None:
+        from serve.runtime.directory import Asker
+
+        asker = Asker(self._platform.machine)
         announced = whole = False
         began = time.monotonic()
         while not self._stop.is_set():
-            models = self._ask()
+            models = self._ask(asker)
             if models is None:
                 self._stop.wait(_SETTLED_POLL_S)
                 continue

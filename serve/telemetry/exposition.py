@@ -16,28 +16,30 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar
 
-from serve.telemetry.instruments import MEMORY, ROLES, UNIT_WORDS, Instrument
+from serve.telemetry.instruments import FOUND, MEMORY, ROLES, UNIT_WORDS, Instrument, Sample
 from serve.telemetry.page import Reading, read_folder
 
 
-def exposed(folder: Path, accept: str) -> tuple[bytes, str]:
+def exposed(folder: Path, accept: str, found: Iterable[Sample] = ()) -> tuple[bytes, str]:
     """Return a node's metrics and their content type.
 
     Args:
         folder: Where the node's processes keep their pages.
         accept: The Accept header of whoever asks: exemplars are told in OpenMetrics only.
+        found: What was found out beside them.
     """
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Node(folder))
+    registry.register(_Node(folder, found))
     encode, content_type = choose_encoder(accept)
     return encode(registry), content_type
 
 
 class _Node(Collector):
-    """The merged pages of a folder as metric families."""
+    """The merged pages of a folder, and what was found out beside them, as metric families."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, found: Iterable[Sample]) -> None:
         self._folder = folder
+        self._found = list(found)
 
     def describe(self) -> Iterable[Metric]:
         return ()
@@ -51,6 +53,15 @@ class _Node(Collector):
             for instrument in instruments:
                 yield _family(instrument, of_role)
         yield _memory({model: found for (role, model), found in by_model.items() if role == "replica"})
+        for instrument in FOUND:
+            yield _as_found(instrument, [sample for sample in self._found if sample.instrument is instrument])
+
+
+def _as_found(instrument: Instrument, samples: Iterable[Sample]) -> Any:
+    family: Any = _empty(CounterMetricFamily if instrument.kind == "counter" else GaugeMetricFamily, instrument)
+    for sample in samples:
+        family.add_metric([sample.model, *sample.values], sample.number)
+    return family
 
 
 def _family(instrument: Instrument, by_model: dict[str, list[Reading]]) -> Any:

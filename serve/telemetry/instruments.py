@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 #: UCUM units and the words that Prometheus's names end with; an annotation such as `{item}` adds none.
 UNIT_WORDS = {"s": "seconds", "By": "bytes"}
@@ -40,6 +40,8 @@ KINDS = ("item", "stream")
 LOAD_PHASES = ("downloading", "loading", "warming")
 PHASES = ("queued", *LOAD_PHASES, "ready", "draining", "failed")
 REQUEST_PHASES = ("read", "prepare", "queue", "compute", "respond")
+#: The GPUs of a machine that are told of; none has more.
+DEVICES = tuple(map(str, range(16)))
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0)
 _TOKEN_SECONDS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
@@ -77,6 +79,21 @@ class Instrument:
     def series(self) -> Iterator[tuple[str, ...]]:
         """Yield each combination of the labels' values."""
         return itertools.product(*self.labels.values())
+
+
+class Sample(NamedTuple):
+    """A number that no page holds.
+
+    Args:
+        instrument: Of `FOUND`.
+        model: May be empty.
+        values: Of the labels, in the instrument's order.
+    """
+
+    instrument: Instrument
+    model: str
+    values: tuple[str, ...]
+    number: float
 
 
 REQUESTS = Instrument(
@@ -238,6 +255,57 @@ MEMORY = Instrument(
     "Main memory of the model's replica processes; what processes share is divided among them (PSS) where the system "
     "tells it, else it is counted in each (RSS).",
 )
+SCALING_REPLICAS = Instrument(
+    "roundhouse.scaling.replicas",
+    "gauge",
+    "{replica}",
+    "Replicas of the model on all machines: those that there are to be (`wanted`), and those that there are.",
+    {"state": ("wanted", "starting", "ready", "draining")},
+)
+SCALING_BOUND = Instrument(
+    "roundhouse.scaling.bound",
+    "gauge",
+    "{replica}",
+    "The fewest and the most replicas that the declaration allows; where they are the same, nothing is decided.",
+    {"bound": ("min", "max")},
+)
+SCALING_LOAD = Instrument(
+    "roundhouse.scaling.load",
+    "gauge",
+    "{request}",
+    "Ongoing requests of all replicas, their mean over the policy's window, as it last decided on them.",
+)
+SCALING_TARGET = Instrument(
+    "roundhouse.scaling.target", "gauge", "{request}", "Ongoing requests that one replica should have."
+)
+SCALING_DECISIONS = Instrument(
+    "roundhouse.scaling.decisions",
+    "counter",
+    "{decision}",
+    "Changes of the number of replicas that there are to be: for more `load`, for less of it (`idle`), or because a "
+    "`bound` of the declaration moved.",
+    {"direction": ("up", "down"), "reason": ("load", "idle", "bound")},
+)
+CLUSTER_CAPACITY = Instrument(
+    "roundhouse.cluster.capacity",
+    "gauge",
+    "1",
+    "What all machines have, and what of it no replica has reserved: cores, GPUs, bytes of memory. `model` is empty.",
+    {"resource": ("cpu", "gpu", "memory"), "state": ("total", "free")},
+)
+DEVICE_UTILIZATION = Instrument(
+    "roundhouse.device.utilization",
+    "gauge",
+    "1",
+    "Share of the last moments in which something ran on a GPU of this machine, 0 to 1. `model` is empty.",
+    {"device": DEVICES},
+)
+DEVICE_MEMORY_USED = Instrument(
+    "roundhouse.device.memory.used", "gauge", "By", "Used memory of a GPU; `model` is empty.", {"device": DEVICES}
+)
+DEVICE_MEMORY_SIZE = Instrument(
+    "roundhouse.device.memory.size", "gauge", "By", "Memory of a GPU; `model` is empty.", {"device": DEVICES}
+)
 
 #: What a replica records.
 REPLICA = (
@@ -253,8 +321,12 @@ EXPORTER = (SPANS,)
 ROLES: Mapping[str, tuple[Instrument, ...]] = MappingProxyType(
     {"replica": REPLICA, "gateway": GATEWAY, "exporter": EXPORTER}
 )
-#: `MEMORY` is recorded by nobody: it is found out when it is asked for.
-ALL = (*REPLICA, *GATEWAY, *EXPORTER, MEMORY)
+#: What nobody records: it is found out when it is asked for, and goes with its model.
+FOUND = (
+    SCALING_REPLICAS, SCALING_BOUND, SCALING_LOAD, SCALING_TARGET, SCALING_DECISIONS, CLUSTER_CAPACITY,
+    DEVICE_UTILIZATION, DEVICE_MEMORY_USED, DEVICE_MEMORY_SIZE,
+)  # fmt: skip
+ALL = (*REPLICA, *GATEWAY, *EXPORTER, MEMORY, *FOUND)
 
 
 def markdown_table() -> str:

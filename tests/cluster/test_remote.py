@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import yaml
 
+from serve.api.explanation import example
 from serve.cli import main
 
 MODELS = "/apis/roundhouse.dev/v1alpha1/namespaces/shop/models"
@@ -273,6 +274,15 @@ def test_an_answer_of_many_frames_comes_whole(api, capsys):
         api[f"{PODS}/w/portforward"] = 101, port
         assert main(["predict", "a", "hello", "--context", "", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == answered
+
+
+def test_explain_asks_a_ready_worker_through_the_api_server(api, capsys):
+    platform = {"/v2/models/a/explain": (200, example("a"))}
+    with serving(type("Platform", (Answers,), {"answers": platform})) as port:
+        api[PODS] = 200, {"items": [worker("w")]}
+        api[f"{PODS}/w/portforward"] = 101, port
+        assert main(["--context", "", "explain", "a"]) == 0
+    assert "a: 3 wanted, 2 starting, 1 ready; 1 to 3 allowed" in capsys.readouterr().out
 
 
 def test_predict_without_a_ready_worker_says_so(api, capsys):

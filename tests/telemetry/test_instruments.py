@@ -16,7 +16,7 @@ def test_outcomes_are_the_codes_of_the_errors():
 def test_names_follow_the_conventions_and_are_unique():
     for one in ALL:
         assert re.fullmatch(r"roundhouse(\.[a-z]+(_[a-z]+)*)+", one.name), one.name
-        assert one.unit in UNIT_WORDS or re.fullmatch(r"\{[a-z]+\}", one.unit), one.unit
+        assert one.unit in UNIT_WORDS or re.fullmatch(r"1|\{[a-z]+\}", one.unit), one.unit
         assert not one.exposed_name.endswith("_total"), "the exposition adds it"
         assert one.description.endswith(".")
         assert "model" not in one.labels

@@ -36,22 +36,27 @@ class Passage:
         began: When it arrived.
         entered: When its items were handed to the model's queue; 0 before.
         left: When their results were there; 0 before.
+        replied: When its answer began; 0 before.
         ended: When its answer was written.
         status: Of its answer; 0 before it begins.
         outcome: `ok`, or the code of the error that ended it.
         model: Of the declaration, where a gateway found it.
         is_counted: False where it is not for the metrics.
+        is_raised: Whether an error here ended it, rather than one that was passed on.
     """
 
-    __slots__ = ("began", "ended", "entered", "is_counted", "left", "model", "outcome", "status")
+    __slots__ = (
+        "began", "ended", "entered", "is_counted", "is_raised", "left", "model", "outcome", "replied", "status",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.began = time.perf_counter()
-        self.entered = self.left = self.ended = 0.0
+        self.entered = self.left = self.replied = self.ended = 0.0
         self.status = 0
         self.outcome = "ok"
         self.model = ""
         self.is_counted = True
+        self.is_raised = False
 
     @classmethod
     def of(cls, scope: Scope) -> Passage:
@@ -62,6 +67,7 @@ class Passage:
     def failed(self, error: Exception) -> None:
         """Take an error for the outcome."""
         self.outcome = problem(error).code
+        self.is_raised = True
 
 
 #: What counts a request that has ended, from how it went and its headers.
@@ -100,6 +106,7 @@ class Endpoint:
         async def tracked(message: Any) -> None:
             if not passage.status:
                 passage.status = message["status"]
+                passage.replied = time.perf_counter()
             await send(message)
 
         try:

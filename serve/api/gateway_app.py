@@ -131,11 +131,14 @@ class GatewayRoutes:
 
     def _meter(self, protocol: str) -> Meter:
         def ended(passage: Passage, headers: Mapping[bytes, bytes]) -> None:
+            metrics = self._metrics.of(passage.model)
             outcome = passage.outcome
+            if passage.is_raised:
+                metrics.objectives.failed(outcome)
             if outcome == "ok" and passage.status >= 400:
                 outcome = _OUTCOMES.get(passage.status, "internal_error")
             trace = sampled_trace(headers.get(b"traceparent"))
-            self._metrics.of(passage.model).ended(protocol, outcome, passage.ended - passage.began, trace)
+            metrics.requests.ended(protocol, outcome, passage.ended - passage.began, trace)
 
         return ended
 

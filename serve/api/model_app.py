@@ -69,6 +69,7 @@ class ModelRoutes:
         self._uploads = Uploads(max(self._limit, host.spec.batching.max_queue_bytes))
         self._watch = watch_disconnect
         self._document = documents.model_document(self._protocol)
+        host.metrics.objectives.promise(host.spec.objectives)
 
     def application(self) -> Application:
         """Return the application."""
@@ -90,11 +91,15 @@ class ModelRoutes:
 
     def _meter(self, protocol: str) -> Meter:
         metrics = self._host.metrics
+        objectives = metrics.objectives
 
         def ended(passage: Passage, headers: Mapping[bytes, bytes]) -> None:
             trace = sampled_trace(headers.get(b"traceparent"))
             metrics.requests.ended(protocol, passage.outcome, passage.ended - passage.began, trace)
-            if passage.outcome == "ok" and passage.left:
+            if passage.outcome != "ok":
+                objectives.failed(passage.outcome)
+            elif passage.left:
+                objectives.answered(passage.replied - passage.began)
                 metrics.passed(read_s=passage.entered - passage.began, respond_s=passage.ended - passage.left)
 
         return ended

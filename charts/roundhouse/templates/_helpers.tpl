@@ -50,6 +50,12 @@ annotations:
 {{- end }}
 {{- end }}
 
+{{/* Labels of what Prometheus or Grafana find by labels of the site's own. Takes (list root labels). */}}
+{{- define "roundhouse.monitoringLabels" -}}
+{{- $own := include "roundhouse.labels" (list (index . 0) "monitoring") | fromYaml }}
+{{- toYaml (merge (dict) (index . 1) $own) }}
+{{- end }}
+
 {{- define "roundhouse.image" -}}
 {{- $image := .Values.image -}}
 {{- if $image.digest -}}
@@ -113,6 +119,20 @@ securityContext:
   value: /etc/roundhouse/token/auth_token
 - name: RAY_gcs_rpc_server_reconnect_timeout_s
   value: "600"
+{{- with .Values.tracing }}
+{{- if .endpoint }}
+- name: ROUNDHOUSE_TRACING_ENDPOINT
+  value: {{ .endpoint | quote }}
+- name: ROUNDHOUSE_TRACING_PROTOCOL
+  value: {{ .protocol }}
+{{- range $name, $value := dict "RATIO" .sampling "SLOW_MS" .slowMs }}
+{{- if not (kindIs "invalid" $value) }}
+- name: ROUNDHOUSE_TRACING_{{ $name }}
+  value: {{ include "roundhouse.setting" $value | quote }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
 {{- range $name, $value := .Values.settings }}
 - name: ROUNDHOUSE_{{ upper (snakecase $name) }}
   value: {{ include "roundhouse.setting" $value | quote }}
@@ -215,12 +235,20 @@ and hands over the whole command.
 # controller of a head would never be started again.
 trap 'exit 0' TERM INT
 roundhouse follow-logs &
+{{- if .root.Values.monitoring.enabled }}
+roundhouse metrics --port {{ include "roundhouse.nodeMetricsPort" .root }} &
+{{- end }}
 {{ if eq .root.Values.ray.provider "kuberay" -}}
 eval "exec $KUBERAY_GEN_RAY_START_CMD" &
 {{- else -}}
 ray start {{ .node }}{{ range $key, $value := fromYaml .params }} --{{ $key }}={{ $value }}{{ end }} --disable-usage-stats --block &
 {{- end }}
 wait $!
+{{- end }}
+
+{{/* Port at which each node tells its own metrics. Port 8000 may lead to another node's. */}}
+{{- define "roundhouse.nodeMetricsPort" -}}
+6386
 {{- end }}
 
 {{/* Where a pod of the cluster sends requests to models. */}}

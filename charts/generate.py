@@ -11,6 +11,7 @@ import yaml
 from charts.values import between_marks, values_schema, values_table
 from serve.applications import ENVIRONMENT
 from serve.cluster.crd import custom_resource_definition
+from serve.telemetry.rules import rules_yaml
 
 CHART = Path(__file__).parent / "roundhouse"
 
@@ -30,6 +31,7 @@ def generated() -> dict[Path, str]:
         CHART / "files" / "ray-environment.yaml": "\n".join(
             f"- name: {each['name']}\n  value: {json.dumps(each['value'])}" for each in variables
         ),
+        CHART / "files" / "rules.yaml": rules_yaml(),
         CHART / "values.schema.json": json.dumps(values_schema(), indent=2) + "\n",
         readme: between_marks(readme.read_text(), values_table()),
     }

@@ -226,14 +226,55 @@ class NetworkPolicy(Part):
     from_: list[Mapping] = Field([], alias="from", description="Peers that may reach the models; empty lets everybody.")
     metrics_from: list[Mapping] = Field(
         [],
-        description="Peers that may collect metrics, of the controller (port 8081) and of Ray's nodes (6385); empty is"
-        " nobody from outside.",
+        description="Peers that may collect metrics, of the controller (port 8081) and of Ray's nodes (6385, and with"
+        " `monitoring` 6386 and the head's 8000); empty is nobody from outside.",
     )
     to: list[Mapping] = Field(
         [],
         description="Peers that workers may connect to besides Ray and DNS; empty lets them reach any address, as"
         " downloads need.",
     )
+
+
+class PodMonitor(Part):
+    """PodMonitors of the Prometheus Operator: of Ray's nodes, of the platform as a whole, and of the controller."""
+
+    enabled: bool = Field(False, description="Whether there are such.")
+    labels: Texts = Field({}, description="Their labels, by which a Prometheus selects them.")
+    interval: str = Field("30s", pattern=r"^([0-9]+(ms|s|m|h))+$", description="Time between scrapes.")
+
+
+class PrometheusRules(Part):
+    """A PrometheusRule with what `roundhouse rules` prints."""
+
+    enabled: bool = Field(
+        False, description="Whether there is one. It is about every namespace: one release of a Prometheus has it."
+    )
+    labels: Texts = Field({}, description="Its labels, by which a Prometheus selects it.")
+    runbooks: str = Field(
+        "",
+        pattern=r"^(https?://\S+)?$",
+        description="URL of a copy of docs/runbooks, for the links of alerts; empty leaves them as paths.",
+    )
+
+
+class Dashboards(Part):
+    """A ConfigMap for each dashboard, as Grafana's sidecar loads them."""
+
+    enabled: bool = Field(False, description="Whether there are such.")
+    labels: Texts = Field({"grafana_dashboard": "1"}, description="Their labels, by which the sidecar finds them.")
+    annotations: Texts = Field({}, description="Their annotations, such as the folder's.")
+
+
+class Monitoring(Part):
+    """What Prometheus and Grafana take."""
+
+    enabled: bool = Field(
+        False, description="Whether each of Ray's pods tells its own metrics on port 6386, some 60 MB of memory each."
+    )
+    pod_monitor: PodMonitor = PodMonitor()
+    prometheus_rule: PrometheusRules = PrometheusRules()
+    dashboards: Dashboards = Dashboards()
 
 
 class PodDisruptionBudget(Part):
@@ -265,7 +306,11 @@ PlatformSettings = create_model(
     "PlatformSettings",
     __base__=Part,
     __doc__="Settings of the platform, as environment variables `ROUNDHOUSE_*`; one left out takes its own default.",
-    **{name: (field.annotation, field) for name, field in Settings.model_fields.items() if name not in _OWN_SETTINGS},
+    **{
+        name: (field.annotation, field)
+        for name, field in Settings.model_fields.items()
+        if name not in _OWN_SETTINGS
+    },
 )
 
 
@@ -300,6 +345,7 @@ class Values(Part):
     extra_volume_mounts: list[Mapping] = Field([], description="Mounts of Ray's containers.")
     extra_objects: list[Mapping | str] = Field([], description="Further objects, rendered as templates.")
     network_policy: NetworkPolicy = NetworkPolicy()
+    monitoring: Monitoring = Monitoring()
     pod_disruption_budget: PodDisruptionBudget = PodDisruptionBudget()
     service_account: ServiceAccount = ServiceAccount()
     crd: Crd = Crd()

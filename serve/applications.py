@@ -116,6 +116,11 @@ def replica_options(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
+def live_options(spec: ModelSpec) -> dict[str, Any]:
+    """Return what replicas that run take over from an edit (Ray's `user_config`), in JSON values."""
+    return spec.model_dump(mode="json", include={"objectives"})
+
+
 def gateway_entry(spec: ModelSpec) -> dict[str, Any]:
     """Return what the gateway has to know of a declared model, in JSON values."""
     return spec.model_dump(mode="json", include={"name", "task", "description", "limits", "revision", "scaling"})
@@ -130,9 +135,9 @@ def serve_config(
 ) -> dict[str, Any]:
     """Return a whole Ray Serve config (the body of `PUT /api/serve/applications/`, and KubeRay's `serveConfigV2`).
 
-    A model's declaration travels in the environment of its replicas, without `scaling`. In the application's arguments
-    an edit would have Ray 2.60 build the application anew, and route nothing to it for those seconds; so, it replaces
-    replicas one by one. An edit of `scaling` alone restarts none.
+    A model's declaration travels in the environment of its replicas, without `scaling` and `objectives`. In the
+    application's arguments an edit would have Ray 2.60 build the application anew, and route nothing to it for those
+    seconds; so, it replaces replicas one by one. An edit of `scaling` or `objectives` alone restarts none.
 
     Args:
         attempts: Model -> which attempt at starting it this is.
@@ -169,7 +174,7 @@ def serve_config(
 
 def declared_text(spec: ModelSpec) -> str:
     """Return a declaration as it travels in the environment of a model's replicas."""
-    return json.dumps(spec.model_dump(mode="json", by_alias=True, exclude={"scaling"}), sort_keys=True)
+    return json.dumps(spec.model_dump(mode="json", by_alias=True, exclude={"scaling", "objectives"}), sort_keys=True)
 
 
 def _model_application(spec: ModelSpec, logging: dict[str, Any], attempt: Attempt) -> dict[str, Any]:
@@ -178,7 +183,8 @@ def _model_application(spec: ModelSpec, logging: dict[str, Any], attempt: Attemp
         variables[ATTEMPT_VARIABLE] = str(attempt.number)
     if attempt.began is not None:
         variables[BEGAN_VARIABLE] = str(attempt.began)
-    options = deployment_options(spec) | replica_options(spec) | {"logging_config": logging}
+    options = deployment_options(spec) | replica_options(spec)
+    options |= {"user_config": live_options(spec), "logging_config": logging}
     options["ray_actor_options"]["runtime_env"] = {"env_vars": variables}
     return {
         "name": application_name(spec.name),
@@ -207,7 +213,7 @@ def declared_in(application: Mapping[str, Any]) -> ModelSpec:
     """Return the model that an application of a Ray Serve config was made of.
 
     Raises:
-        ValueError: It is not of this module's making.
+        ValueError, LookupError: It is not of this module's making.
     """
     deployment = application["deployments"][0]
     spec = json.loads(variables_of(application)[MODEL_VARIABLE])
@@ -215,4 +221,4 @@ def declared_in(application: Mapping[str, Any]) -> ModelSpec:
     count = deployment.get("num_replicas")
     bounds = scaling or {"min_replicas": count, "max_replicas": count}
     kept = {key: bounds[key] for key in ("min_replicas", "max_replicas", "target_ongoing_requests") if key in bounds}
-    return ModelSpec.model_validate(spec | {"scaling": kept})
+    return ModelSpec.model_validate(spec | {"scaling": kept} | deployment["user_config"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -322,6 +323,37 @@ def _follow_logs(options: argparse.Namespace) -> int:
     return OK
 
 
+def _metrics_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--port", type=int, default=6386, metavar="N", help="default: %(default)s")
+
+
+def _metrics(options: argparse.Namespace) -> int:
+    from serve.settings import Settings
+    from serve.telemetry.endpoint import serve_node
+
+    folder = Settings.from_environment().metrics_dir
+    if folder is None:
+        raise RoundhouseError("ROUNDHOUSE_METRICS_DIR is not set; it names the folder of this node's metrics")
+    serve_node(folder, port=options.port)
+    return OK
+
+
+def _rules_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--runbooks",
+        default="docs/runbooks",
+        metavar="URL",
+        help="where alerts say the runbooks are; default: %(default)s",
+    )
+
+
+def _rules(options: argparse.Namespace) -> int:
+    from serve.telemetry.rules import rules_yaml
+
+    print(rules_yaml(runbooks=options.runbooks), end="")
+    return OK
+
+
 def _down(options: argparse.Namespace) -> int:
     from serve.runtime import state
 
@@ -513,6 +545,7 @@ COMMANDS = (
     Command("render", "-f FILE", "Print a declaration's Model manifests, for kubectl", _render_arguments, _render),
     Command("logs", "MODEL", "Print what a model's replicas on a cluster print and log", _logs_arguments, _logs),
     Command("plan", "-f FILE", "Forecast where a cluster would put each replica", _plan_arguments, _plan),
+    Command("rules", "", "Print what Prometheus records and alerts on", _rules_arguments, _rules),
 )
 
 #: What the chart's pods run.
@@ -522,6 +555,7 @@ CLUSTER_COMMANDS = (
     ),
     Command("drain-node", "", "Move the replicas of this Ray node elsewhere before it ends", _drain_arguments, _drain),
     Command("follow-logs", "", "Print what this node's replicas print and log", _follow_arguments, _follow_logs),
+    Command("metrics", "", "Answer scrapes of this node's metrics", _metrics_arguments, _metrics),
     Command("install-crd", "", "Apply the definition of the Model resource", _cluster_arguments, _install_crd),
     Command("verify", "", "Send every model of a platform a real request", _verify_arguments, _verify),
     Command("remove-models", "", "Delete a namespace's Models and wait for them", _remove_arguments, _remove_models),
@@ -543,7 +577,7 @@ class _Parser(argparse.ArgumentParser):
                 "",
                 *listed(COMMANDS),
                 "",
-                f"The pods of a cluster run {', '.join(command.name for command in CLUSTER_COMMANDS)}.",
+                *textwrap.wrap(f"The pods of a cluster run {', '.join(each.name for each in CLUSTER_COMMANDS)}.", 100),
                 "",
                 f"  roundhouse {'COMMAND --help':<{width}}What one command takes",
                 f"  roundhouse {'--context NAME':<{width}}Before or after a command, ask a cluster of the kubeconfig",

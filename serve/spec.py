@@ -177,8 +177,23 @@ class Scaling(Strict):
     target_ongoing_requests: float = Field(
         default=16.0, gt=0, description="Requests in flight that one replica should have."
     )
-    latency_target_ms: float | None = Field(
-        default=None, gt=0, description="What the model promises; objectives and dashboards use it."
+
+
+class Objectives(Strict):
+    """What the model promises its callers, and alerts watch."""
+
+    latency_ms: float | None = Field(
+        default=None,
+        gt=0,
+        le=86_400_000,
+        description="Time in which an answer begins: of a stream its first part, of any other all of it; without it,"
+        " none is promised.",
+    )
+    latency_ratio: float = Field(
+        default=0.99, gt=0, lt=1, description="Share of the answers that begin within `latency_ms`."
+    )
+    availability: float = Field(
+        default=0.999, gt=0, lt=1, description="Share of the requests that no fault of the platform or the model fails."
     )
 
 
@@ -296,6 +311,12 @@ def _cost_known(task: str, cost: int | None) -> str | None:
     return f"items of {task} have no cost besides their number; leave it out and set max_batch_size"
 
 
+def _latency_before_deadline(latency_ms: float | None, deadline_ms: float) -> str | None:
+    if latency_ms is None or latency_ms <= deadline_ms:
+        return None
+    return f"{latency_ms:g} is above deadline_ms, {deadline_ms:g}; no request waits that long for its answer"
+
+
 def _cuda_has_gpu(device: str, gpus: float) -> str | None:
     return (
         "cuda takes a GPU and resources.gpus is 0; give it 1 or a fraction" if device == "cuda" and not gpus else None
@@ -324,6 +345,7 @@ RULES = (
     Rule("scaling.max_replicas", ("scaling.min_replicas", "scaling.max_replicas"), _replicas),
     Rule("batching.max_batch_size", ("batching.max_batch_size", "batching.max_queue"), _batch_fits_queue),
     Rule("batching.max_batch_cost", ("task", "batching.max_batch_cost"), _cost_known),
+    Rule("objectives.latency_ms", ("objectives.latency_ms", "deadline_ms"), _latency_before_deadline),
     Rule("device", ("device", "resources.gpus"), _cuda_has_gpu),
     Rule("resources.gpus", ("device", "resources.gpus"), _gpu_is_used),
     Rule("source", ("source",), _https_is_pinned, given=("sha256",)),
@@ -357,10 +379,11 @@ class ModelSpec(Strict):
     )
     batching: Batching = Batching()
     scaling: Scaling = Scaling()
+    objectives: Objectives = Objectives()
     resources: Resources = Resources()
     limits: Limits = Limits()
     deadline_ms: float = Field(
-        default=60_000, gt=0, le=86_400_000, description="Longest time to an answer; a request may ask for less."
+        default=60_000.0, gt=0, le=86_400_000, description="Longest time to an answer; a request may ask for less."
     )
     #: Once validated, it holds every option of the task, so that equal models are equal however they are written.
     options: dict[str, Any] = Field(

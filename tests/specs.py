@@ -52,6 +52,10 @@ def model_specs(draw: st.DrawFn) -> ModelSpec:
         "resources": {"gpus": gpus} | draw(some(memory=st.none() | st.integers(1, 2**60), cpus=st.floats(0.01, 1024))),
         "batching": draw(some(max_batch_size=st.integers(1, 1024), max_wait_ms=st.floats(0, 60_000))),
     }
+    shares = st.floats(0, 1, exclude_min=True, exclude_max=True)
+    fields["objectives"] = draw(
+        some(latency_ms=st.none() | st.floats(0.1, 60_000), latency_ratio=shares, availability=shares)
+    )
     if task in COSTED_TASKS:
         fields["batching"]["max_batch_cost"] = draw(st.none() | st.integers(1, 10**6))
     fields |= {"sha256": "ab" * 32} if scheme == "https" else {}

@@ -80,6 +80,15 @@ def test_the_gateway_is_told_the_bounds() -> None:
     assert (told["scaling"]["min_replicas"], told["scaling"]["max_replicas"]) == (1, 4)
 
 
+def test_an_edit_of_the_objectives_restarts_none_and_reaches_all() -> None:
+    before = application(serve_config([declared("one")]), "one")
+    after = application(serve_config([declared("one", objectives={"latency_ms": 50.0})]), "one")
+    [was], [now] = before["deployments"], after["deployments"]
+    assert was["user_config"] != now["user_config"]
+    assert {**was, "user_config": None} == {**now, "user_config": None}
+    assert declared_in(after).objectives.latency_ms == 50
+
+
 def test_a_new_model_changes_no_process_of_the_gateway() -> None:
     before = serve_config([])["applications"][0]
     after = serve_config([declared("one")])["applications"][0]
@@ -88,11 +97,13 @@ def test_a_new_model_changes_no_process_of_the_gateway() -> None:
     assert [model["name"] for model in told] == ["one"]
 
 
-def test_a_replica_gets_the_whole_declaration_but_its_replicas() -> None:
-    spec = declared("one", description="of one", batching={"max_batch_size": 8}, scaling={"max_replicas": 4})
+def test_a_replicas_environment_has_all_that_only_a_new_one_takes_over() -> None:
+    live = {"scaling": {"max_replicas": 4}, "objectives": {"availability": 0.9}}
+    spec = declared("one", description="of one", batching={"max_batch_size": 8}, **live)
     entry = application(serve_config([spec]), "one")
     told = ModelSpec.model_validate_json(variables_of(entry)["RH_MODEL"])
-    assert told == spec.model_copy(update={"scaling": told.scaling})
+    assert told == spec.model_copy(update={"scaling": told.scaling, "objectives": told.objectives})
+    assert told.objectives != spec.objectives
     assert declared_in(entry) == spec
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from serve import __version__
 from serve.cli import COMMANDS, main
@@ -108,6 +109,23 @@ def test_the_examples_of_the_reference_page_are_right(tmp_path: Path):
         path = tmp_path / f"{number}.yaml"
         path.write_text(example)
         assert main(["check", str(path)]) == 0, example
+
+
+def test_rules_prints_what_prometheus_loads(capsys: pytest.CaptureFixture[str]):
+    assert main(["rules", "--runbooks", "https://pages.example.com/"]) == 0
+    groups = yaml.safe_load(capsys.readouterr().out)["groups"]
+    urls = [rule["annotations"]["runbook_url"] for group in groups for rule in group["rules"] if "alert" in rule]
+    assert urls
+    assert all(
+        url.startswith("https://pages.example.com/") and not url.startswith("https://pages.example.com//")
+        for url in urls
+    )
+
+
+def test_metrics_of_a_node_want_its_folder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.delenv("ROUNDHOUSE_METRICS_DIR", raising=False)
+    assert main(["metrics"]) == 1
+    assert "ROUNDHOUSE_METRICS_DIR is not set" in capsys.readouterr().err
 
 
 def test_help_is_one_page_with_every_command():

@@ -86,6 +86,15 @@ def test_another_source_is_refused(source: str):
         ({"scaling": {"min_replicas": 3, "max_replicas": 2}}, "scaling.max_replicas: 2 is below min_replicas, 3"),
         ({"batching": {"max_batch_size": 9, "max_queue": 8}}, "batching.max_batch_size: 9 is above max_queue, 8"),
         ({"task": "forecast", "batching": {"max_batch_cost": 9}}, "batching.max_batch_cost: items of forecast"),
+        (
+            {"objectives": {"latency_ms": 2000}, "deadline_ms": 1000},
+            "objectives.latency_ms: 2000 is above deadline_ms, 1000",
+        ),
+        ({"objectives": {"latency_ms": 0}}, "greater than 0"),
+        ({"objectives": {"latency_ratio": 1}}, "less than 1"),
+        ({"objectives": {"availability": 99.9}}, "less than 1"),
+        ({"objectives": {"availability": 0.0}}, "greater than 0"),
+        ({"objectives": {"latency": 100}}, "Extra inputs"),
         ({"device": "cuda"}, "device: cuda takes a GPU"),
         ({"device": "cpu", "resources": {"gpus": 1}}, "resources.gpus: 1 is reserved"),
         ({"source": "https://host/x"}, "source: an https: source takes sha256"),
@@ -115,6 +124,11 @@ def test_fields_that_belong_together_are_accepted_together():
     spec_of(device="cuda", resources={"gpus": 0.25})
     spec_of(batching={"max_batch_size": 8, "max_queue": 8, "max_batch_cost": 100})
     spec_of(scaling={"min_replicas": 2, "max_replicas": 2})
+
+
+def test_availability_is_always_promised_and_latency_where_it_is_declared():
+    assert spec_of().objectives.model_dump() == {"latency_ms": None, "latency_ratio": 0.99, "availability": 0.999}
+    assert spec_of(objectives={"latency_ms": 1000}, deadline_ms=1000).objectives.latency_ms == 1000
 
 
 def test_two_models_of_one_name_are_refused():

@@ -88,6 +88,7 @@ class Endpoint:
         async def tracked(message: Any) -> None:
             if not passage.status:
                 passage.status = message["status"]
+                passage.replied = time.monotonic()
             await send(message)
 
         try:

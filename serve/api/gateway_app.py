@@ -186,8 +186,11 @@ class GatewayRoutes:
         is_traced = self._tracer is not None and self._tracer.sampling.follow
 
         def ended(passage: Passage, headers: Mapping[bytes, bytes]) -> None:
+            metrics = self._metrics.of(passage.model)
+            if passage.is_raised:
+                metrics.objectives.failed(passage.outcome)
             trace = exemplar_of(passage, headers, is_traced=is_traced)
-            self._metrics.of(passage.model).ended(protocol, passage.outcome, passage.ended - passage.began, trace)
+            metrics.requests.ended(protocol, passage.outcome, passage.ended - passage.began, trace)
 
         return ended
 

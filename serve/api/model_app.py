@@ -91,6 +91,7 @@ class ModelRoutes:
         self._uploads = Uploads(max(self._limit, host.spec.batching.max_queue_bytes))
         self._watch = watch_disconnect
         self._document = documents.model_document(self._protocol)
+        host.metrics.objectives.promise(host.spec.objectives)
 
     def application(self) -> Application:
         """Return the application."""
@@ -123,12 +124,16 @@ class ModelRoutes:
 
     def _meter(self, protocol: str) -> Meter:
         metrics = self._host.metrics
+        objectives = metrics.objectives
         is_traced = self._tracer is not None and self._tracer.sampling.follow
 
         def ended(passage: Passage, headers: Mapping[bytes, bytes]) -> None:
             trace = exemplar_of(passage, headers, is_traced=is_traced)
             metrics.requests.ended(protocol, passage.outcome, passage.ended - passage.began, trace)
-            if passage.outcome == "ok" and passage.answered:
+            if passage.outcome != "ok":
+                objectives.failed(passage.outcome)
+            elif passage.answered:
+                objectives.answered(passage.replied - passage.began)
                 metrics.passed(read_s=passage.arrived - passage.began, respond_s=passage.ended - passage.answered)
 
         return ended

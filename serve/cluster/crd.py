@@ -204,6 +204,7 @@ def _counterparts() -> dict[str, tuple[str, str]]:
     """Return place of a rule of serve.spec -> the same in CEL, and its message."""
     least, most = _value("scaling.min_replicas"), _value("scaling.max_replicas")
     batch, queue = _value("batching.max_batch_size"), _value("batching.max_queue")
+    latency, deadline = "objectives.latency_ms", _value("deadline_ms")
     device, gpus = _value("device"), _value("resources.gpus")
     costed = ", ".join(map(_cel, sorted(COSTED_TASKS)))
     return {
@@ -215,6 +216,10 @@ def _counterparts() -> dict[str, tuple[str, str]]:
         "batching.max_batch_cost": (
             f"!{_given('batching.max_batch_cost')} || self.task in [{costed}]",
             "batching.max_batch_cost is for tasks whose items have a cost; set max_batch_size",
+        ),
+        latency: (
+            f"!{_given(latency)} || self.{latency} <= {deadline}",
+            "objectives.latency_ms is above deadline_ms; no request waits that long for its answer",
         ),
         "device": (
             f"{device} != 'cuda' || {gpus} > 0.0",

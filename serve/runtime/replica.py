@@ -22,7 +22,7 @@ from serve.runtime import directory
 from serve.runtime.ingress import take_over
 from serve.runtime.phases import PhaseReporter
 from serve.settings import Settings
-from serve.spec import ModelSpec
+from serve.spec import ModelSpec, Objectives
 from serve.telemetry.export import start_tracing
 from serve.telemetry.metrics import ReplicaMetrics
 
@@ -70,6 +70,10 @@ class ModelReplica:
         """Return a request that a user's class answers; those of the other tasks are known."""
         example = infer_example(self._host.signature) if self._spec.task == "python" else None
         return example if len(json.dumps(example)) <= _LONGEST_EXAMPLE else None
+
+    def reconfigure(self, edited: dict[str, Any]) -> None:
+        """Take over what an edit of the declaration changes without a restart (called by Ray with `user_config`)."""
+        self._host.metrics.objectives.promise(Objectives.model_validate(edited["objectives"]))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar
 
-from serve.telemetry.instruments import FOUND, MEMORY, ROLES, UNIT_WORDS, Instrument, Sample
+from serve.telemetry.instruments import FOUND, MEMORY, RECORDED, UNIT_WORDS, Instrument, Sample, roles_of
 from serve.telemetry.page import Reading, read_folder
 
 
@@ -45,14 +45,10 @@ class _Node(Collector):
         return ()
 
     def collect(self) -> Iterator[Metric]:
-        by_model: dict[tuple[str, str], list[Reading]] = defaultdict(list)
-        for reading in read_folder(self._folder):
-            by_model[reading.role, reading.model].append(reading)
-        for role, instruments in ROLES.items():
-            of_role = {model: found for (its_role, model), found in by_model.items() if its_role == role}
-            for instrument in instruments:
-                yield _family(instrument, of_role)
-        yield _memory({model: found for (role, model), found in by_model.items() if role == "replica"})
+        readings = read_folder(self._folder)
+        for instrument in RECORDED:
+            yield _family(instrument, _by_model(readings, roles_of(instrument)))
+        yield _memory(_by_model(readings, {"replica"}))
         for instrument in FOUND:
             yield _as_found(instrument, [sample for sample in self._found if sample.instrument is instrument])
 
@@ -64,14 +60,23 @@ def _as_found(instrument: Instrument, samples: Iterable[Sample]) -> Any:
     return family
 
 
+def _by_model(readings: Sequence[Reading], roles: Collection[str]) -> dict[str, list[Reading]]:
+    by_model: dict[str, list[Reading]] = defaultdict(list)
+    for reading in readings:
+        if reading.role in roles:
+            by_model[reading.model].append(reading)
+    return by_model
+
+
 def _family(instrument: Instrument, by_model: dict[str, list[Reading]]) -> Any:
     kinds = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily, "histogram": HistogramMetricFamily}
     family: Any = _empty(kinds[instrument.kind], instrument)
+    merge = max if instrument.merged == "max" else sum
     for model, readings in by_model.items():
         # What waited in a process that has ended waits no more.
         counted = [reading for reading in readings if reading.is_alive or instrument.kind != "gauge"]
         for values in instrument.series():
-            told = [sum(each) for each in zip(*(one.numbers(instrument, values) for one in counted), strict=True)]
+            told = [merge(each) for each in zip(*(one.numbers(instrument, values) for one in counted), strict=True)]
             if instrument.kind != "histogram":
                 family.add_metric([model, *values], told[0] if told else 0.0)
             elif any(told[:-1]):

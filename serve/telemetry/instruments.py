@@ -35,8 +35,14 @@ OUTCOMES = (
     "prediction_failed",
     "internal_error",
 )
+#: Outcomes that are no doing of the caller.
+FAULTS = frozenset({
+    "overloaded", "model_not_ready", "replica_lost", "deadline_exceeded", "prediction_failed", "internal_error",
+})  # fmt: skip
 STATUSES = ("ok", "error")
 KINDS = ("item", "stream")
+OBJECTIVES = ("availability", "latency")
+RESULTS = ("met", "missed")
 LOAD_PHASES = ("downloading", "loading", "warming")
 PHASES = ("queued", *LOAD_PHASES, "ready", "draining", "failed")
 REQUEST_PHASES = ("read", "prepare", "queue", "compute", "respond")
@@ -59,6 +65,7 @@ class Instrument:
         labels: Label -> all its values; `model` comes with every instrument and is not among them.
         bounds: Upper bounds of a histogram's buckets, in the unit; infinity is not among them.
         exemplars: Whether a bucket keeps the trace of the last request in it.
+        merged: What a gauge is of several processes: their sum, or the largest where each tells the same.
     """
 
     name: str
@@ -68,6 +75,7 @@ class Instrument:
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
     bounds: tuple[float, ...] = ()
     exemplars: bool = False
+    merged: Literal["sum", "max"] = "sum"
 
     @property
     def exposed_name(self) -> str:
@@ -248,6 +256,23 @@ SPANS = Instrument(
     "(`dropped`). A gateway counts them with an empty `model`.",
     {"result": ("exported", "dropped")},
 )
+OBJECTIVE_REQUESTS = Instrument(
+    "roundhouse.objective.requests",
+    "counter",
+    "{request}",
+    "Requests that kept what the declaration promises, and those that did not, each counted once, by the replica or by "
+    "the gateway that answered for it. `availability`: every request but those that failed by the caller's own doing. "
+    "`latency`: every answered request, where `objectives.latency_ms` is declared.",
+    {"objective": OBJECTIVES, "result": RESULTS},
+)
+OBJECTIVE_TARGET = Instrument(
+    "roundhouse.objective.target",
+    "gauge",
+    "1",
+    "Share of the requests that is promised to be `met`, as declared; 0 where nothing is.",
+    {"objective": OBJECTIVES},
+    merged="max",
+)
 MEMORY = Instrument(
     "roundhouse.process.memory",
     "gauge",
@@ -311,22 +336,29 @@ DEVICE_MEMORY_SIZE = Instrument(
 REPLICA = (
     REQUESTS, REQUEST_DURATION, PHASE_DURATION, QUEUE_DEPTH, QUEUE_SIZE, RUNNING, BATCH_SIZE, BATCH_DURATION,
     COST_ASKED, COST_COMPUTED, REJECTED, DROPPED, TIME_TO_FIRST_TOKEN, INTER_TOKEN_LATENCY, TOKENS, MODEL_PHASE,
-    LOAD_PHASE_DURATION, COLD_STARTS, COLD_START_DURATION, LOAD_FAILURES,
+    LOAD_PHASE_DURATION, COLD_STARTS, COLD_START_DURATION, LOAD_FAILURES, OBJECTIVE_REQUESTS, OBJECTIVE_TARGET,
 )  # fmt: skip
 #: What a gateway records.
-GATEWAY = (GATEWAY_REQUESTS, GATEWAY_REQUEST_DURATION)
+GATEWAY = (GATEWAY_REQUESTS, GATEWAY_REQUEST_DURATION, OBJECTIVE_REQUESTS)
 #: What a process records that sends spans.
 EXPORTER = (SPANS,)
 #: Who records, and what: the first part of a page's file name.
 ROLES: Mapping[str, tuple[Instrument, ...]] = MappingProxyType(
     {"replica": REPLICA, "gateway": GATEWAY, "exporter": EXPORTER}
 )
+#: Each once, whoever records it.
+RECORDED = tuple({one.name: one for recorded in ROLES.values() for one in recorded}.values())
 #: What nobody records: it is found out when it is asked for, and goes with its model.
 FOUND = (
     SCALING_REPLICAS, SCALING_BOUND, SCALING_LOAD, SCALING_TARGET, SCALING_DECISIONS, CLUSTER_CAPACITY,
     DEVICE_UTILIZATION, DEVICE_MEMORY_USED, DEVICE_MEMORY_SIZE,
 )  # fmt: skip
-ALL = (*REPLICA, *GATEWAY, *EXPORTER, MEMORY, *FOUND)
+ALL = (*RECORDED, MEMORY, *FOUND)
+
+
+def roles_of(instrument: Instrument) -> frozenset[str]:
+    """Return who records an instrument."""
+    return frozenset(role for role, recorded in ROLES.items() if instrument in recorded)
 
 
 def markdown_table() -> str:

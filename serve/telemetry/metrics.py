@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
+from serve.spec import Objectives
 from serve.telemetry import instruments as named
-from serve.telemetry.page import Page
+from serve.telemetry.page import Gauge, Page
 from serve.telemetry.traceparent import TraceIds
 
 logger = logging.getLogger(__name__)
@@ -87,6 +89,44 @@ class WorkMetrics:
         self._tokens[("input",)].add(tokens)
 
 
+class ObjectiveMetrics:
+    """Which requests keep what a model promises; nothing is promised before `promise`.
+
+    Args:
+        target: The gauges of what is promised, by objective; a gateway has none.
+    """
+
+    def __init__(self, page: Page, *, target: Mapping[tuple[str, ...], Gauge] | None = None) -> None:
+        counts = page.counters(named.OBJECTIVE_REQUESTS)
+        self._answered, self._failed = counts["availability", "met"], counts["availability", "missed"]
+        self._in_time, self._late = counts["latency", "met"], counts["latency", "missed"]
+        self._target = target or {}
+        self._latency_s: float | None = None
+
+    def promise(self, objectives: Objectives) -> None:
+        """Take over what is declared; from any thread."""
+        latency_ms = objectives.latency_ms
+        self._latency_s = None if latency_ms is None else latency_ms / 1000
+        told = {
+            "availability": objectives.availability,
+            "latency": 0.0 if latency_ms is None else objectives.latency_ratio,
+        }
+        for (objective,), gauge in self._target.items():
+            gauge.set(told[objective])
+
+    def answered(self, seconds: float) -> None:
+        """Count a request that was answered, after so long."""
+        self._answered.add()
+        latency_s = self._latency_s
+        if latency_s is not None:
+            (self._in_time if seconds <= latency_s else self._late).add()
+
+    def failed(self, outcome: str) -> None:
+        """Count a request that was not, unless that was its caller's own doing."""
+        if outcome in named.FAULTS:
+            self._failed.add()
+
+
 class RequestMetrics:
     """What an application counts of each request, by protocol, outcome and status."""
 
@@ -139,7 +179,7 @@ class ReplicaMetrics:
 
     Args:
         items, streams: Of its Batcher and its Stepper.
-        requests, load: Of its application and its Host.
+        requests, objectives, load: Of its application and its Host.
     """
 
     def __init__(self, page: Page) -> None:
@@ -147,6 +187,7 @@ class ReplicaMetrics:
         self.items = WorkMetrics(page, "item")
         self.streams = WorkMetrics(page, "stream")
         self.requests = RequestMetrics(page, named.REQUESTS, named.REQUEST_DURATION)
+        self.objectives = ObjectiveMetrics(page, target=page.gauges(named.OBJECTIVE_TARGET))
         self.load = LoadMetrics(page)
         phases = page.histograms(named.PHASE_DURATION)
         self._read, self._respond = phases[("read",)], phases[("respond",)]
@@ -187,6 +228,19 @@ class SpanMetrics:
         self._dropped.add(count)
 
 
+class ForwardMetrics:
+    """What a gateway records of one model.
+
+    Args:
+        requests: All that came through it.
+        objectives: Those alone that it answered itself: what it passes on, a replica counts.
+    """
+
+    def __init__(self, page: Page) -> None:
+        self.requests = RequestMetrics(page, named.GATEWAY_REQUESTS, named.GATEWAY_REQUEST_DURATION)
+        self.objectives = ObjectiveMetrics(page)
+
+
 class GatewayMetrics:
     """What a gateway records of each declared model, and of requests that name none.
 
@@ -196,15 +250,13 @@ class GatewayMetrics:
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
-        self._pages: dict[str, RequestMetrics] = {}
+        self._pages: dict[str, ForwardMetrics] = {}
 
-    def of(self, model: str) -> RequestMetrics:
+    def of(self, model: str) -> ForwardMetrics:
         """Return the metrics of a model that is declared; "" is none."""
         found = self._pages.get(model)
         if found is None:
-            page = _page(self._folder, "gateway", model)
-            found = RequestMetrics(page, named.GATEWAY_REQUESTS, named.GATEWAY_REQUEST_DURATION)
-            self._pages[model] = found
+            found = self._pages[model] = ForwardMetrics(_page(self._folder, "gateway", model))
         return found
 
 

@@ -27,30 +27,33 @@ class Passage:
         launched: Its first batch began, or its stream got a slot.
         first_part: A stream's first part was there.
         answered: Its last result was there, or it was given up.
+        replied: Its answer began.
         ended: Its answer was written.
         status: Of its answer; 0 before it begins.
         outcome: `ok`, or the code of the error that ended it.
         model: Of the declaration, where a gateway found it.
         is_counted: False where it is not for the metrics.
+        is_raised: Whether an error here ended it, rather than one that was passed on.
         trace: Where it is recorded; None where it is not.
         details: What its span tells of it beside all this.
         message: What its error said, which may repeat what the client sent.
     """
 
     __slots__ = (
-        "answered", "arrived", "began", "details", "ended", "first_part", "is_counted", "launched", "message",
-        "model", "outcome", "prepare_began", "prepared", "status", "trace",
+        "answered", "arrived", "began", "details", "ended", "first_part", "is_counted", "is_raised", "launched",
+        "message", "model", "outcome", "prepare_began", "prepared", "replied", "status", "trace",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.began = time.monotonic()
         self.arrived = self.prepare_began = self.prepared = self.launched = self.first_part = 0.0
-        self.answered = self.ended = 0.0
+        self.answered = self.replied = self.ended = 0.0
         self.status = 0
         self.outcome = "ok"
         self.model = ""
         self.message = ""
         self.is_counted = True
+        self.is_raised = False
         self.trace: RequestTrace | None = None
         self.details: dict[str, Any] | None = None
 
@@ -67,6 +70,7 @@ class Passage:
     def failed(self, outcome: str, error: Exception) -> None:
         """Note what ended it."""
         self.outcome = outcome
+        self.is_raised = True
         self.message = str(error)[:_LONGEST_MESSAGE]
 
     def tell(self, details: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from serve.api.gateway_app import build_gateway_app
 from serve.api.model_app import build_model_app
 from serve.settings import Settings
+from serve.spec import Objectives
 from tests.api.toys import Embedder, Front, Models, Talker, below, direct, hosted, listening, spec
 from tests.scraping import OPENMETRICS, Scrape, parse
 
@@ -116,6 +118,50 @@ async def test_a_stream_that_fails_after_its_start_is_an_error(tmp_path: Path, w
     assert bool(scrape.found("request_phase_duration_seconds_count", phase="respond")) == (outcome == "ok")
 
 
+def kept(scrape: Scrape, model: str, objective: str) -> tuple[float, float]:
+    """Return how many requests met an objective and how many missed it."""
+    met, missed = (
+        scrape("objective_requests_total", model=model, objective=objective, result=each) for each in ("met", "missed")
+    )
+    return met, missed
+
+
+async def test_a_replica_counts_what_it_promises(tmp_path: Path):
+    declared = spec("text-embedding", name="embed", objectives={"latency_ms": 30_000.0, "availability": 0.99})
+    async with hosted(declared, Embedder(), metrics_dir=tmp_path) as host:
+        async with direct(build_model_app(host, settings=Settings())) as client:
+            for words, status in (("a", 200), ("burst", 500), ("b", 200)):
+                assert (await client.post("/infer", json=text(words))).status_code == status
+            assert (await client.post("/infer", json={})).status_code == 400
+            host.metrics.objectives.promise(Objectives(latency_ms=1e-6))
+            assert (await client.post("/infer", json=text("a"))).status_code == 200
+        scrape = Scrape(tmp_path)
+    assert kept(scrape, "embed", "availability") == (3, 1)
+    assert kept(scrape, "embed", "latency") == (2, 1)
+
+
+async def test_a_stream_is_in_time_by_its_first_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real, late = time.perf_counter, [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: real() + late[0])
+    declared = spec("text-generation", name="talk", objectives={"latency_ms": 30_000.0})
+    async with hosted(declared, Talker(), metrics_dir=tmp_path) as host:
+        app = build_model_app(host, settings=Settings())
+
+        async def slow_to_read(scope: Any, receive: Any, send: Any) -> None:
+            async def read(message: dict[str, Any]) -> None:
+                late[0] += 100.0 * (message["type"] == "http.response.body")
+                await send(message)
+
+            await app(scope, receive, read)
+
+        async with direct(slow_to_read) as client:
+            body = {"model": "talk", "prompt": "one two", "stream": True}
+            assert (await client.post("/v1/completions", json=body)).status_code == 200
+        scrape = Scrape(tmp_path)
+    assert scrape("request_duration_seconds_sum", status="ok") > 100
+    assert kept(scrape, "talk", "latency") == (1, 0)
+
+
 async def test_the_gateway_counts_what_it_passes_on_and_what_it_refuses(tmp_path: Path):
     models = Models({"embed": "ready", "other": "loading"})
     settings = Settings(metrics_dir=tmp_path)
@@ -145,6 +191,32 @@ async def test_the_gateway_counts_what_it_passes_on_and_what_it_refuses(tmp_path
         ("other", "open_inference", "model_not_ready"): 1,
     }
     assert scrape("requests_total", model="embed") == 2
+    # What a replica answered it has counted; the gateway adds what it answered itself, and no caller's own doing.
+    assert kept(scrape, "embed", "availability") == (1, 0)
+    assert kept(scrape, "other", "availability") == (0, 1)
+    assert kept(scrape, "", "availability") == (0, 0)
+
+
+async def test_a_replicas_failure_is_counted_once(tmp_path: Path):
+    settings = Settings(metrics_dir=tmp_path)
+    async with hosted(spec("text-embedding", name="embed"), Embedder(), metrics_dir=tmp_path) as host:
+        front = Front({"embed": build_model_app(host, settings=settings)})
+        async with listening(front) as behind:
+            front.gateway = build_gateway_app(Models({"embed": "ready"}), settings=settings, base_url=behind)
+            async with httpx.AsyncClient(base_url=behind) as client:
+                assert (
+                    await client.post("/v1/embeddings", json={"model": "embed", "input": "burst"})
+                ).status_code == 500
+        scrape = Scrape(tmp_path)
+    assert kept(scrape, "embed", "availability") == (0, 1)
+
+
+async def test_a_replica_that_is_not_there_is_counted_by_the_gateway(tmp_path: Path):
+    settings = Settings(metrics_dir=tmp_path)
+    gateway = build_gateway_app(Models({"embed": "ready"}), settings=settings, base_url="http://127.0.0.1:9")
+    async with direct(gateway) as client:
+        assert (await client.post("/v1/embeddings", json={"model": "embed", "input": "a"})).status_code == 503
+    assert kept(Scrape(tmp_path), "embed", "availability") == (0, 1)
 
 
 async def test_without_a_folder_there_are_no_metrics_to_tell():

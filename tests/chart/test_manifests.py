@@ -17,7 +17,7 @@ from tests.chart.rendering import CASES, NAMESPACE, RELEASE, ROOT, given, helm, 
 CHECKS = ROOT / ".tools" / "checks" / "bin"
 
 #: Kinds that come with a CustomResourceDefinition, which the schemas of Kubernetes do not hold.
-CUSTOM = {"Model", "HTTPRoute", "RayService"}
+CUSTOM = {"Model", "HTTPRoute", "RayService", "PodMonitor", "PrometheusRule"}
 
 #: Check -> (resources that fail it, why that is meant).
 MEANT = {

@@ -17,8 +17,10 @@ import yaml
 
 from serve.cluster.commands import LEASE
 from serve.settings import Settings
+from serve.telemetry.rules import CONTROLLER_JOB, NODE_JOB, PLATFORM_JOB, rules_yaml
 from tests.chart.rendering import (
     CASES,
+    CHART,
     HELMS,
     NAMESPACE,
     NEWEST,
@@ -266,13 +268,113 @@ def test_only_rays_own_pods_reach_rays_ports():
 def test_metrics_are_open_to_those_who_are_named():
     policies = {each["metadata"]["name"]: each["spec"] for each in of("network-policy", "NetworkPolicy")}
     made = list(pods(objects("network-policy")))
-    scraper = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
     ray = {"StatefulSet/rh-roundhouse-head", "Deployment/rh-roundhouse-worker-cpu"}
     for name, port, owners in (("controller", 8081, {"Deployment/rh-roundhouse-controller"}), ("ray", 6385, ray)):
         policy = policies[f"rh-roundhouse-{name}-metrics"]
-        assert policy["ingress"] == [{"from": [scraper], "ports": [{"protocol": "TCP", "port": port}]}]
+        assert policy["ingress"] == [{"from": [SCRAPER], "ports": [{"protocol": "TCP", "port": port}]}]
         assert {pod.owner for pod in selected(policy["podSelector"]["matchLabels"], made)} == owners
     assert "-metrics" not in str([each["metadata"]["name"] for each in of("default", "NetworkPolicy")])
+
+
+SCRAPER = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+
+
+def monitors() -> dict[str, dict[str, Any]]:
+    return {each["metadata"]["name"]: each for each in of("monitoring", "PodMonitor")}
+
+
+def test_nothing_is_monitored_unless_it_is_asked_for():
+    assert not {"PodMonitor", "PrometheusRule"} & {each["kind"] for each in objects("default")}
+    assert "node-metrics" not in text("default")
+    assert "ROUNDHOUSE_TRACING" not in text("default")
+
+
+def test_every_pod_of_ray_tells_its_own_metrics_at_a_port_of_its_own():
+    ray = [pod for pod in pods(objects("monitoring")) if pod.labels.get("roundhouse.dev/ray-node")]
+    assert len(ray) == 2
+    for pod in ray:
+        container = pod.spec["containers"][0]
+        [port] = [each["containerPort"] for each in container["ports"] if each["name"] == "node-metrics"]
+        assert f"\nroundhouse metrics --port {port} &\n" in container["args"][0]
+        assert environment(pod)["ROUNDHOUSE_METRICS_DIR"].startswith("/dev/shm/")
+        assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"]
+
+
+@pytest.mark.parametrize(
+    ("name", "job", "owners", "port"),
+    [
+        ("rh-roundhouse", "roundhouse", {"head", "worker-cpu"}, "node-metrics"),
+        ("rh-roundhouse-platform", "roundhouse-platform", {"head"}, "serve"),
+        ("rh-roundhouse-controller", "roundhouse-controller", {"controller"}, "health"),
+    ],
+)
+def test_prometheus_finds_each_target_once_by_the_name_that_the_rules_know(
+    name: str, job: str, owners: set[str], port: str
+):
+    monitor = monitors()[name]
+    assert monitor["metadata"]["labels"]["release"] == "prometheus"
+    found = selected(monitor["spec"]["selector"]["matchLabels"], list(pods(objects("monitoring"))))
+    assert {pod.owner.rpartition("rh-roundhouse-")[2] for pod in found} == owners
+    for pod in found:
+        assert port in {each["name"] for each in pod.spec["containers"][0]["ports"]}
+    [endpoint] = monitor["spec"]["podMetricsEndpoints"]
+    assert (endpoint["port"], endpoint["interval"]) == (port, "15s")
+    assert endpoint["relabelings"] == [{"targetLabel": "job", "replacement": job}]
+    assert job in {NODE_JOB, PLATFORM_JOB, CONTROLLER_JOB}
+
+
+def test_what_every_gateway_tells_alike_is_taken_from_one():
+    [kept] = monitors()["rh-roundhouse-platform"]["spec"]["podMetricsEndpoints"][0]["metricRelabelings"]
+    assert (kept["sourceLabels"], kept["action"]) == (["__name__"], "keep")
+    assert re.fullmatch(kept["regex"], "roundhouse_scaling_replicas")
+    assert re.fullmatch(kept["regex"], "roundhouse_cluster_capacity")
+    assert not re.fullmatch(kept["regex"], "roundhouse_requests_total")
+
+
+def test_prometheus_is_let_in_at_every_target_and_nobody_else_is():
+    policies = {each["metadata"]["name"]: each["spec"] for each in of("monitoring", "NetworkPolicy")}
+    open_ports = {
+        name: {port["port"] for rule in policy["ingress"] for port in rule["ports"]}
+        for name, policy in policies.items()
+        if name.endswith("-metrics")
+    }
+    assert open_ports == {
+        "rh-roundhouse-controller-metrics": {8081},
+        "rh-roundhouse-ray-metrics": {6385, 6386},
+        "rh-roundhouse-platform-metrics": {8000},
+    }
+    for name in open_ports:
+        assert [rule["from"] for rule in policies[name]["ingress"]] == [[SCRAPER]]
+
+
+def test_the_rules_are_those_that_the_command_prints_with_links_to_the_sites_copy():
+    rule = only("monitoring", "PrometheusRule")
+    assert rule["spec"] == yaml.safe_load(rules_yaml(runbooks="https://handbook.example.com/roundhouse"))
+    assert rule["metadata"]["labels"]["release"] == "prometheus"
+
+
+def test_each_dashboard_is_a_configmap_that_grafana_finds():
+    files = sorted((CHART / "files" / "dashboards").glob("*.json"))
+    found = [each for each in of("monitoring", "ConfigMap") if "grafana_dashboard" in each["metadata"]["labels"]]
+    assert len(found) == len(files)
+    for path, made in zip(files, found, strict=True):
+        assert made["metadata"]["labels"]["grafana_dashboard"] == "1"
+        assert made["metadata"]["annotations"] == {"grafana_folder": "Models"}
+        assert json.loads(made["data"][path.name]) == json.loads(path.read_text())
+
+
+def test_where_spans_go_reaches_every_pod_of_ray():
+    for pod in pods(objects("monitoring")):
+        if pod.labels.get("roundhouse.dev/ray-node"):
+            told = {key: value for key, value in environment(pod).items() if "TRACING" in key}
+            assert told == {
+                "ROUNDHOUSE_TRACING_ENDPOINT": "http://collector.observability.svc:4318",
+                "ROUNDHOUSE_TRACING_PROTOCOL": "http/protobuf",
+                "ROUNDHOUSE_TRACING_RATIO": "0.05",
+                "ROUNDHOUSE_TRACING_SLOW_MS": "2000",
+                "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": "serve.runtime.ray_spans:processors",
+                "RAY_SERVE_TRACING_SAMPLING_RATIO": "0",
+            }
 
 
 @pytest.mark.parametrize(
@@ -652,6 +754,15 @@ SMALL = {"name": "a", "task": "forecast", "source": "hf:m/x"}
         (
             {"models": [SMALL | {"resources": {"gpus": 1.5}}], "ray.workerGroups.cpu.gpus": 2},
             "models: a: resources.gpus is 1.5, and an amount above 1 is whole",
+        ),
+        (
+            {"models": [SMALL | {"objectives": {"latency_ms": 70000}}]},
+            "models: a: objectives.latency_ms, 70000, is above deadline_ms, 60000",
+        ),
+        ({"monitoring.podMonitor.enabled": True}, "monitoring.enabled is false, so Ray's pods tell nothing"),
+        (
+            {"monitoring": {"enabled": True, "podMonitor": {"enabled": True}}},
+            "networkPolicy.metricsFrom is empty, so no Prometheus is let in",
         ),
         ({"gateway.replicas": 3}, "gateway.replicas is 3 and there are 2 workers at most"),
         (

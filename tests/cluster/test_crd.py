@@ -35,6 +35,8 @@ VALUES: dict[str, list[Any]] = {
     "batching.max_batch_size": [None, 1, 2000],
     "batching.max_queue": [None, 1, 2000],
     "batching.max_batch_cost": [None, 1],
+    "objectives.latency_ms": [None, 100.0, 70_000.0],
+    "deadline_ms": [None, 50.0, 80_000.0],
 }
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 from prometheus_client.parser import text_string_to_metric_families
 
+from serve.spec import Objectives
 from serve.telemetry.exposition import exposed, memory_bytes
 from serve.telemetry.metrics import GatewayMetrics, ReplicaMetrics
 from serve.telemetry.traceparent import TraceIds
@@ -85,12 +86,29 @@ def test_plain_prometheus_gets_the_same_without_exemplars(tmp_path: Path):
 
 def test_gateways_are_summed_and_a_request_without_a_model_has_none(tmp_path: Path):
     for gateway in (GatewayMetrics(tmp_path), GatewayMetrics(tmp_path)):
-        gateway.of("a").ended("openai", "ok", 0.1, None)
-        gateway.of("").ended("openai", "model_not_found", 0.1, None)
+        gateway.of("a").requests.ended("openai", "ok", 0.1, None)
+        gateway.of("").requests.ended("openai", "model_not_found", 0.1, None)
     scrape = Scrape(tmp_path)
     assert scrape("gateway_requests_total", model="a", outcome="ok") == 2
     assert scrape("gateway_requests_total", model="", outcome="model_not_found") == 2
     assert not scrape.found("process_memory_bytes")
+
+
+def test_what_replicas_and_gateways_both_count_is_one_sum(tmp_path: Path):
+    replica(tmp_path).objectives.answered(0.1)
+    replica(tmp_path).objectives.failed("overloaded")
+    GatewayMetrics(tmp_path).of("a").objectives.failed("model_not_ready")
+    scrape = Scrape(tmp_path)
+    assert [sample.value for sample in scrape.found("objective_requests_total", objective="availability")] == [1, 2]
+
+
+def test_what_each_process_tells_alike_is_not_added_up(tmp_path: Path):
+    first, second = replica(tmp_path), replica(tmp_path)
+    first.objectives.promise(Objectives(availability=0.99))
+    second.objectives.promise(Objectives(availability=0.999))
+    assert Scrape(tmp_path)("objective_target", objective="availability") == 0.999
+    second.release()
+    assert Scrape(tmp_path)("objective_target", objective="availability") == 0.99
 
 
 def test_an_empty_or_absent_folder_has_no_samples(tmp_path: Path):

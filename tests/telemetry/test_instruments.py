@@ -6,11 +6,17 @@ import re
 from pathlib import Path
 
 from serve.api.errors import INTERNAL, TABLE
-from serve.telemetry.instruments import ALL, GATEWAY, MEMORY, OUTCOMES, REPLICA, UNIT_WORDS, markdown_table
+from serve.telemetry.instruments import ALL, FAULTS, GATEWAY, MEMORY, OUTCOMES, REPLICA, UNIT_WORDS, markdown_table
 
 
 def test_outcomes_are_the_codes_of_the_errors():
     assert set(OUTCOMES) == {"ok", INTERNAL.code, *(told.code for _, told in TABLE)}
+
+
+def test_faults_are_what_is_told_as_one_of_the_server_or_as_too_much():
+    assert {
+        told.code for told in (INTERNAL, *(each for _, each in TABLE)) if told.status in {429, *range(500, 600)}
+    } == FAULTS
 
 
 def test_names_follow_the_conventions_and_are_unique():

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from serve.telemetry.instruments import KINDS, LOAD_PHASES, OUTCOMES, PHASES, PROTOCOLS
-from serve.telemetry.metrics import GatewayMetrics, ReplicaMetrics
+from serve.spec import Objectives
+from serve.telemetry.instruments import KINDS, LOAD_PHASES, OUTCOMES, PHASES, PROTOCOLS, RESULTS
+from serve.telemetry.metrics import GatewayMetrics, ObjectiveMetrics, ReplicaMetrics
 from tests.scraping import Scrape
 
 
@@ -64,7 +65,8 @@ def test_a_load_and_where_it_stands(tmp_path: Path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_request_counts_once_by_protocol_and_outcome(tmp_path: Path, kind: str):
-    metrics = ReplicaMetrics.of("a", folder=tmp_path).requests if kind == "item" else GatewayMetrics(tmp_path).of("a")
+    replica, gateway = ReplicaMetrics.of("a", folder=tmp_path), GatewayMetrics(tmp_path).of("a")
+    metrics = (replica if kind == "item" else gateway).requests
     prefix = "" if kind == "item" else "gateway_"
     for protocol in PROTOCOLS:
         for outcome in OUTCOMES:
@@ -74,6 +76,56 @@ def test_every_request_counts_once_by_protocol_and_outcome(tmp_path: Path, kind:
     for protocol in PROTOCOLS:
         assert scrape(f"{prefix}request_duration_seconds_count", protocol=protocol, status="ok") == 1
         assert scrape(f"{prefix}request_duration_seconds_count", protocol=protocol, status="error") == len(OUTCOMES) - 1
+
+
+OWN_DOING = {
+    "unsupported_parameter", "payload_too_large", "unsupported_media_type", "invalid_value", "model_not_found",
+    "not_found", "method_not_allowed", "client_closed_request",
+}  # fmt: skip
+
+
+def promised(folder: Path, **declared: float) -> ObjectiveMetrics:
+    objectives = ReplicaMetrics.of("a", folder=folder).objectives
+    objectives.promise(Objectives(**declared))
+    return objectives
+
+
+def kept(folder: Path, objective: str) -> tuple[float, float]:
+    """Return how many requests met an objective and how many missed it."""
+    scrape = Scrape(folder)
+    met, missed = (scrape("objective_requests_total", objective=objective, result=each) for each in RESULTS)
+    return met, missed
+
+
+@pytest.mark.parametrize("outcome", [outcome for outcome in OUTCOMES if outcome != "ok"])
+def test_what_is_no_doing_of_the_caller_misses_availability_and_nothing_else_counts(tmp_path: Path, outcome: str):
+    promised(tmp_path, latency_ms=100.0).failed(outcome)
+    assert kept(tmp_path, "availability") == (0, outcome not in OWN_DOING)
+    assert kept(tmp_path, "latency") == (0, 0)
+
+
+def test_an_answer_meets_availability_and_is_in_time_or_late(tmp_path: Path):
+    objectives = promised(tmp_path, latency_ms=250.0)
+    for seconds in (0.0, 0.25, 0.2501):
+        objectives.answered(seconds)
+    assert kept(tmp_path, "availability") == (3, 0)
+    assert kept(tmp_path, "latency") == (2, 1)
+
+
+def test_without_a_promise_of_latency_none_is_counted(tmp_path: Path):
+    objectives = promised(tmp_path)
+    objectives.answered(1e9)
+    assert kept(tmp_path, "availability") == (1, 0)
+    assert kept(tmp_path, "latency") == (0, 0)
+
+
+def test_what_is_promised_is_told_and_an_edit_changes_it(tmp_path: Path):
+    objectives = promised(tmp_path, latency_ms=100.0, latency_ratio=0.9, availability=0.99)
+    assert Scrape(tmp_path).nonzero("objective_target", "objective") == {"availability": 0.99, "latency": 0.9}
+    objectives.promise(Objectives())
+    assert Scrape(tmp_path).nonzero("objective_target", "objective") == {"availability": 0.999}
+    objectives.answered(1.0)
+    assert kept(tmp_path, "latency") == (0, 0)
 
 
 def test_a_folder_that_cannot_be_written_is_told_and_harms_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture):

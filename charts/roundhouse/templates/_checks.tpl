@@ -52,6 +52,18 @@
 {{- end }}
 {{- end }}
 
+{{/* Fails where nobody could collect what is told. */}}
+{{- define "roundhouse.checkMonitoring" -}}
+{{- if .Values.monitoring.podMonitor.enabled }}
+{{- if not .Values.monitoring.enabled }}
+{{- fail "monitoring.podMonitor.enabled is true and monitoring.enabled is false, so Ray's pods tell nothing; set monitoring.enabled to true" }}
+{{- end }}
+{{- if and .Values.networkPolicy.enabled (not .Values.networkPolicy.metricsFrom) }}
+{{- fail "monitoring.podMonitor.enabled is true and networkPolicy.metricsFrom is empty, so no Prometheus is let in; name its namespace there, or turn networkPolicy.enabled off" }}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{/* Fails where there are no workers, or a group's numbers contradict each other. */}}
 {{- define "roundhouse.checkWorkers" -}}
 {{- $workers := 0 }}
@@ -104,6 +116,10 @@
 {{- $most := int (default 1 $scaling.max_replicas) }}
 {{- if lt $most $least }}
 {{- fail (printf "%s: scaling.max_replicas, %d, is below min_replicas, %d" $place $most $least) }}
+{{- end }}
+{{- $latency := dig "latency_ms" 0 (default dict .objectives) | float64 }}
+{{- if gt $latency (default 60000 .deadline_ms | float64) }}
+{{- fail (printf "%s: objectives.latency_ms, %v, is above deadline_ms, %v; no request waits that long for its answer" $place $latency (default 60000 .deadline_ms)) }}
 {{- end }}
 {{- $gpus := dig "gpus" 0 (default dict .resources) | float64 }}
 {{- if and (eq (default "auto" .device) "cuda") (not $gpus) }}

@@ -50,6 +50,12 @@ annotations:
 {{- end }}
 {{- end }}
 
+{{/* Labels of what Prometheus or Grafana find by labels of the site's own. Takes (list root labels). */}}
+{{- define "roundhouse.monitoringLabels" -}}
+{{- $own := include "roundhouse.labels" (list (index . 0) "monitoring") | fromYaml }}
+{{- toYaml (merge (dict) (index . 1) $own) }}
+{{- end }}
+
 {{- define "roundhouse.image" -}}
 {{- $image := .Values.image -}}
 {{- if $image.digest -}}
@@ -215,12 +221,20 @@ and hands over the whole command.
 # controller of a head would never be started again.
 trap 'exit 0' TERM INT
 roundhouse follow-logs &
+{{- if .root.Values.monitoring.enabled }}
+roundhouse metrics --port {{ include "roundhouse.nodeMetricsPort" .root }} &
+{{- end }}
 {{ if eq .root.Values.ray.provider "kuberay" -}}
 eval "exec $KUBERAY_GEN_RAY_START_CMD" &
 {{- else -}}
 ray start {{ .node }}{{ range $key, $value := fromYaml .params }} --{{ $key }}={{ $value }}{{ end }} --disable-usage-stats --block &
 {{- end }}
 wait $!
+{{- end }}
+
+{{/* Port at which each node tells its own metrics. Port 8000 may lead to another node's. */}}
+{{- define "roundhouse.nodeMetricsPort" -}}
+6386
 {{- end }}
 
 {{/* Where a pod of the cluster sends requests to models. */}}

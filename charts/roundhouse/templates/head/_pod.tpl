@@ -36,6 +36,9 @@ containers:
       - {name: gcs, containerPort: 6379}
       - {name: dashboard, containerPort: 8265}
       - {name: serve, containerPort: 8000}
+      {{- if .Values.monitoring.enabled }}
+      - {name: node-metrics, containerPort: {{ include "roundhouse.nodeMetricsPort" . }}}
+      {{- end }}
     # Ray's head takes up to a minute to answer; after that, a port that is closed is a process that is gone.
     startupProbe:
       tcpSocket: {port: dashboard}

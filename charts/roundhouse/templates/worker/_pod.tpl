@@ -67,6 +67,9 @@ containers:
     ports:
       - {name: serve, containerPort: 8000}
       - {name: raylet, containerPort: 6380}
+      {{- if $root.Values.monitoring.enabled }}
+      - {name: node-metrics, containerPort: {{ include "roundhouse.nodeMetricsPort" $root }}}
+      {{- end }}
     lifecycle:
       preStop:
         exec:

@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -141,8 +142,9 @@ async def test_a_replica_counts_what_it_promises(tmp_path: Path):
 
 
 async def test_a_stream_is_in_time_by_its_first_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    real, late = time.perf_counter, [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: real() + late[0])
+    late = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + late[0])
+    monkeypatch.setattr("serve.api.application.time", clock)
     declared = spec("text-generation", name="talk", objectives={"latency_ms": 30_000.0})
     async with hosted(declared, Talker(), metrics_dir=tmp_path) as host:
         app = build_model_app(host, settings=Settings())

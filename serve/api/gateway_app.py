@@ -19,7 +19,15 @@ from serve.api import documents, openai_surface
 from serve.api.application import Answer, Application, Endpoint, Meter, Passage
 from serve.api.body import Uploads, check_media_type, json_type, parse_object, read_body
 from serve.api.directory import Directory, ModelStatus, find, not_ready
-from serve.api.errors import TABLE, PathNotFound, ReplicaLost, Shape, describe, open_inference_shape, openai_shape
+from serve.api.errors import (
+    OUTCOMES_OF_STATUS,
+    PathNotFound,
+    ReplicaLost,
+    Shape,
+    describe,
+    open_inference_shape,
+    openai_shape,
+)
 from serve.api.forward import Reply, Upstream, UpstreamError
 from serve.api.multipart import parse_form
 from serve.api.pages import gateway_page
@@ -49,8 +57,6 @@ _OF_ONE_HOP = frozenset((
 # A request that one of these applications passes on says so; where it comes back to one, it found no replica.
 _PASSED_ALONG = b"x-roundhouse-passed-along"
 _UNROUTED = b"x-roundhouse-unrouted"
-# What a replica's own refusal is counted as here, where only its status is looked at.
-_OUTCOMES = {told.status: told.code for _, told in reversed(TABLE)} | {400: "invalid_value"}
 _STATES = {"ready": "READY", "failed": "UNAVAILABLE", "draining": "UNLOADING"}
 _EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"]
 _ROUTE_RETRY_S = 1.0
@@ -85,6 +91,7 @@ class GatewayRoutes:
         self._watch = watch_disconnect
         self._metrics_dir = settings.metrics_dir
         self._metrics = GatewayMetrics(settings.metrics_dir)
+        self._access_log = settings.access_log
 
     def application(self) -> Application:
         """Return the application."""
@@ -99,7 +106,9 @@ class GatewayRoutes:
             f"/v1/{endpoint}": Endpoint(self._forwarded(endpoint), openai_shape, meter=meter)
             for endpoint in openai_surface.ENDPOINTS
         }
-        return Application(hot=hot, routes=self._routes(), title="Roundhouse", lifespan=lifespan)
+        return Application(
+            hot=hot, routes=self._routes(), access_log=self._access_log, title="Roundhouse", lifespan=lifespan
+        )
 
     def _routes(self) -> list[BaseRoute]:
         def get(path: str, make: Callable[[dict[str, str]], Any], shape: Shape = open_inference_shape) -> Route:
@@ -133,7 +142,7 @@ class GatewayRoutes:
         def ended(passage: Passage, headers: Mapping[bytes, bytes]) -> None:
             outcome = passage.outcome
             if outcome == "ok" and passage.status >= 400:
-                outcome = _OUTCOMES.get(passage.status, "internal_error")
+                outcome = OUTCOMES_OF_STATUS.get(passage.status, "internal_error")
             trace = sampled_trace(headers.get(b"traceparent"))
             self._metrics.of(passage.model).ended(protocol, outcome, passage.ended - passage.began, trace)
 

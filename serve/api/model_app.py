@@ -42,7 +42,7 @@ _EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-cont
 _READERS = {"chat/completions": openai_surface.read_chat, "completions": openai_surface.read_completions}
 
 
-def build_model_app(host: Host, *, settings: Settings, watch_disconnect: bool = False) -> Application:  # noqa: ARG001
+def build_model_app(host: Host, *, settings: Settings, watch_disconnect: bool = False) -> Application:
     """Return the application of a loaded model, to be mounted anywhere (`root_path`).
 
     Args:
@@ -54,7 +54,7 @@ def build_model_app(host: Host, *, settings: Settings, watch_disconnect: bool = 
     Raises:
         NotReady: The host is not loaded.
     """
-    return ModelRoutes(host, watch_disconnect=watch_disconnect).application()
+    return ModelRoutes(host, watch_disconnect=watch_disconnect).application(access_log=settings.access_log)
 
 
 class ModelRoutes:
@@ -70,7 +70,7 @@ class ModelRoutes:
         self._watch = watch_disconnect
         self._document = documents.model_document(self._protocol)
 
-    def application(self) -> Application:
+    def application(self, *, access_log: bool = False) -> Application:
         """Return the application."""
         infer = Endpoint(self.infer, open_inference_shape, meter=self._meter("open_inference"))
         openai = {
@@ -86,7 +86,9 @@ class ModelRoutes:
             **{f"/v1/{endpoint}": Endpoint(answer, openai_shape, meter=meter) for endpoint, answer in openai.items()},
         }
         name = self._spec.name
-        return Application(hot=hot, routes=self._routes(), title=name, description=self._spec.description)
+        return Application(
+            hot=hot, routes=self._routes(), access_log=access_log, title=name, description=self._spec.description
+        )
 
     def _meter(self, protocol: str) -> Meter:
         metrics = self._host.metrics

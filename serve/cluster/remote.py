@@ -22,6 +22,7 @@ from kubernetes.config import kube_config
 
 from serve.cluster.kube import ApiUnavailable, Cluster, Missing, connect
 from serve.errors import RoundhouseError
+from serve.telemetry.lines import Render, parsed
 
 _WORKERS = "app.kubernetes.io/part-of=roundhouse,app.kubernetes.io/component=worker"
 _PORT = 8000
@@ -146,7 +147,14 @@ def all_ready(models: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def logs_of(
-    model: str, context: str, namespace: str | None, *, lines: int, follow: bool, say: Callable[[str], None]
+    model: str,
+    context: str,
+    namespace: str | None,
+    *,
+    lines: int,
+    follow: bool,
+    say: Callable[[str], None],
+    render: Render,
 ) -> Iterator[str]:
     """Yield what a model's replicas print and log, each line with its pod.
 
@@ -154,6 +162,7 @@ def logs_of(
         lines: How many lines of each pod's log are looked through.
         follow: Whether to go on with those that come, from the pods that there are now.
         say: Told of each pod whose log cannot be read, such as one that has not started.
+        render: Makes lines of events, where the pods' logs are in JSON.
 
     Raises:
         ApiUnavailable: As `fetch_models`, there is no such Model, or no pod has a log that can be read.
@@ -173,6 +182,8 @@ def logs_of(
                 for line in cluster.log_of(pod, lines=lines, follow=follow):
                     if line.startswith(f"{model} | "):
                         yield f"{pod} {line.removeprefix(f'{model} | ')}"
+                    elif (event := parsed(line)) and event.get("model") == model and "component" not in event:
+                        yield render(event | {"pod": pod})
         except (ApiUnavailable, Missing) as error:
             skipped.append(pod)
             say(f"skipped pod {pod}: {error}")

@@ -18,7 +18,7 @@ from serve.api.directory import ModelStatus, version_of
 from serve.applications import ANSWERING, application_name
 from serve.runtime import phases
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 _REFRESH_S = 1.0
 _FIRST_READ_S = 5.0

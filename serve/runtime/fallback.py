@@ -8,11 +8,14 @@ gateway replica is up.
 
 from __future__ import annotations
 
+import os
+
 from starlette.middleware import Middleware
 
 from serve.api.gateway_app import build_gateway_app
 from serve.api.wire import Receive, Scope, Send
 from serve.runtime.directory import RayDirectory
+from serve.runtime.events import begin_log
 from serve.settings import Settings
 
 
@@ -22,6 +25,7 @@ class Fallback:
     def __init__(self, app: object) -> None:
         self._ray = app
         settings = Settings.from_environment()
+        begin_log(settings, f"fallback_{os.getpid()}", {"component": "fallback"})
         self._gateway = build_gateway_app(
             RayDirectory(), settings=settings, base_url=settings.url, watch_disconnect=True
         )

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from serve.api.gateway_app import build_gateway_app
 from serve.applications import GATEWAY, MAX_ONGOING_REQUESTS
 from serve.runtime import directory, phases
+from serve.runtime.events import begin_log
 from serve.runtime.ingress import take_over
 from serve.settings import Settings
 
@@ -28,6 +29,8 @@ class Gateway:
 
     def __init__(self) -> None:
         settings = Settings.from_environment()
+        tag = ray_serve.get_replica_context().replica_tag
+        begin_log(settings, f"gateway_{tag}", {"component": "gateway", "replica": tag})
         self._app = build_gateway_app(directory.RayDirectory(), settings=settings, base_url=settings.url)
         self._asks = False
         take_over(lambda: self._app)

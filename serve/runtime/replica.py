@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -16,11 +17,14 @@ from serve.api.documents import infer_example
 from serve.api.model_app import build_model_app
 from serve.applications import DEPLOYMENT, MODEL_VARIABLE, deployment_options, replica_options
 from serve.host import Host, Phase
+from serve.runtime.events import begin_log
 from serve.runtime.ingress import take_over
 from serve.runtime.phases import PhaseReporter
 from serve.settings import Settings
-from serve.spec import ModelSpec
+from serve.spec import ModelSpec, revision_of
 from serve.telemetry.metrics import ReplicaMetrics
+
+logger = logging.getLogger(__name__)
 
 # The event loop and the model's thread share the GIL; a shorter turn lets the model's next operation start sooner.
 SWITCH_INTERVAL_S = 0.0005
@@ -42,7 +46,10 @@ class ModelReplica:
         take_over(lambda: self._app)
         self._spec = ModelSpec.model_validate_json(spec or _from_config())
         self._settings = Settings.from_environment()
-        say = PhaseReporter(self._spec.name, ray_serve.get_replica_context().replica_tag)
+        name, tag = self._spec.name, ray_serve.get_replica_context().replica_tag
+        about = {"model": name, "revision": revision_of(self._spec), "replica": tag}
+        self._log = begin_log(self._settings, f"model-{name}_{tag}", about)
+        say = PhaseReporter(name, tag)
         say("starting", "importing")
         metrics = ReplicaMetrics.of(self._spec.name, folder=self._settings.metrics_dir)
         self._host = Host(self._spec, settings=self._settings, base_dir=Path(base_dir), metrics=metrics)
@@ -55,6 +62,8 @@ class ModelReplica:
             self._app = build_model_app(self._host, settings=self._settings)
         except Exception as error:
             say("failed", f"{type(error).__name__}: {error}")
+            logger.exception("The model does not start.")
+            self._log.flush()
             raise
         say("ready", f"pid {os.getpid()}", request=self._own_request())
 
@@ -75,6 +84,8 @@ class ModelReplica:
         if hasattr(self, "_host"):
             await self._host.drain(max(30.0, self._spec.deadline_ms / 1000))
             await self._host.close()
+        if hasattr(self, "_log"):
+            self._log.flush()
 
 
 def build_application(spec: ModelSpec, *, base_dir: Path, log_level: str) -> ray_serve.Application:

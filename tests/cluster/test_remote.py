@@ -227,6 +227,24 @@ def test_logs_are_those_of_the_model_with_their_pods(api, capsys, follow):
     assert sorted(capsys.readouterr().out.splitlines()) == ["w1 one", "w1 two", "w2 three"]
 
 
+def test_logs_in_json_are_those_of_the_model_with_their_pods(api, capsys, monkeypatch):
+    api[MODELS] = listed()
+    api[PODS] = 200, {"items": [worker("w1")]}
+    about = {"time": "2026-01-31T12:00:00.000Z", "level": "error", "logger": "serve.stepping"}
+    events = [
+        {**about, "message": "the model raised", "model": "a", "request_id": "r 1"},
+        {**about, "message": "of another", "model": "b"},
+        {**about, "message": "of the gateway", "model": "a", "component": "gateway"},
+    ]
+    api[f"{PODS}/w1/log"] = 200, "\n".join(["ray started", *map(json.dumps, events)])
+    monkeypatch.setenv("ROUNDHOUSE_LOG_FORMAT", "json")
+    assert main(["logs", "a"]) == 0
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [events[0] | {"pod": "w1"}]
+    monkeypatch.setenv("ROUNDHOUSE_LOG_FORMAT", "text")
+    assert main(["logs", "a"]) == 0
+    assert capsys.readouterr().out == 'a | 2026-01-31T12:00:00.000Z ERROR the model raised request_id="r 1" pod=w1\n'
+
+
 @pytest.mark.parametrize("follow", [[], ["--follow"]])
 def test_a_pod_that_has_no_log_yet_is_skipped(api, capsys, follow):
     api[MODELS] = listed()

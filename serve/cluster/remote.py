@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import socket
 import socketserver
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import urllib3
-import yaml
 from kubernetes import client as kube
 from kubernetes import stream as kube_stream
 from kubernetes.client.exceptions import ApiException
-from kubernetes.config import kube_config
 
-from serve.cluster.kube import ApiUnavailable, Cluster, Missing, connect
+from serve.cluster.kube import ApiUnavailable, Cluster, Missing, connect, find_context, root_of
 from serve.errors import RoundhouseError
 from serve.telemetry.lines import Render, parsed
 
 _WORKERS = "app.kubernetes.io/part-of=roundhouse,app.kubernetes.io/component=worker"
 _PORT = 8000
 _AT_ONCE = 64 * 1024
-# What the client library raises over a kubeconfig of another form, or whose certificates are not there.
-_UNUSABLE = (kube_config.ConfigException, ApiUnavailable, LookupError, TypeError, AttributeError, ValueError, OSError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +34,7 @@ class _Place:
 
     def client(self) -> kube.ApiClient:
         """Return a client of its own."""
-        with _reading_kubeconfig():
-            return connect(self.context)
+        return connect(self.context)
 
     @contextlib.contextmanager
     def cluster(self) -> Iterator[Cluster]:
@@ -54,35 +47,9 @@ class _Place:
                 raise
             raise ApiUnavailable(
                 f"the API server of context {self.context!r}, {client.configuration.host}, does not answer "
-                f"({_root_of(error.__cause__)}); `kubectl --context {self.context} version` shows whether it is "
+                f"({root_of(error.__cause__)}); `kubectl --context {self.context} version` shows whether it is "
                 "reached from here"
             ) from error
-
-
-def _root_of(error: BaseException) -> str:
-    """Return the words of what is behind an error, without the layers that handed it on."""
-    while (inner := getattr(error, "reason", None) or error.__cause__) and isinstance(inner, BaseException):
-        error = inner
-    return str(getattr(error, "strerror", None) or error)
-
-
-@contextlib.contextmanager
-def _reading_kubeconfig() -> Iterator[None]:
-    """Tell what is wrong with the kubeconfig, of which the client library raises whatever it stumbles over."""
-    path = kube_config.KUBE_CONFIG_DEFAULT_LOCATION
-    if not any(Path(part).expanduser().exists() for part in path.split(os.pathsep) if part):
-        raise ApiUnavailable(f"there is no kubeconfig {path}; set KUBECONFIG to the file that kubectl takes")
-    try:
-        yield
-    except yaml.YAMLError as error:
-        told = " ".join(str(error).split())
-        raise ApiUnavailable(f"the kubeconfig {path} is not YAML: {told}; mend that line") from error
-    except _UNUSABLE as error:
-        cause = error.__cause__ or error if isinstance(error, ApiUnavailable) else error
-        told = f"lacks {cause}" if isinstance(cause, KeyError) else f"cannot be used: {cause}"
-        raise ApiUnavailable(
-            f"the kubeconfig {path} {told}; `kubectl config view` shows it, KUBECONFIG names another"
-        ) from error
 
 
 def _place(context: str, namespace: str | None) -> _Place:
@@ -91,18 +58,8 @@ def _place(context: str, namespace: str | None) -> _Place:
     Raises:
         ApiUnavailable: There is no such context.
     """
-    path = kube_config.KUBE_CONFIG_DEFAULT_LOCATION
-    with _reading_kubeconfig():
-        config = kube_config.KubeConfigMerger(path).config.value
-        contexts = {one.value["name"]: one.value["context"] or {} for one in config["contexts"]}
-        name = context or config.get("current-context") or ""
-        known = ", ".join(contexts) or "none"
-        found = str(namespace or contexts.get(name, {}).get("namespace") or "default")
-    if not name:
-        raise ApiUnavailable(f"the kubeconfig {path} has no current context; name one with --context: it has {known}")
-    if name not in contexts:
-        raise ApiUnavailable(f"the kubeconfig {path} has no context {name!r}; it has {known}")
-    return _Place(name, found)
+    name, own = find_context(context)
+    return _Place(name, namespace or own)
 
 
 def fetch_models(context: str, namespace: str | None) -> tuple[str, list[dict[str, Any]]]:

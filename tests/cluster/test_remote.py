@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from serve.cli import main
+from tests.cluster.kubeconfigs import WRONG, configuration, put
 
 MODELS = "/apis/roundhouse.dev/v1alpha1/namespaces/shop/models"
 PODS = "/api/v1/namespaces/shop/pods"
@@ -109,18 +110,6 @@ def kubeconfig(tmp_path, monkeypatch):
     return path
 
 
-def configuration(port, **changed):
-    return {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "current-context": "here",
-        "clusters": [{"name": "c", "cluster": {"server": f"http://127.0.0.1:{port}"}}],
-        "users": [{"name": "u", "user": {}}],
-        "contexts": [{"name": "here", "context": {"cluster": "c", "user": "u", "namespace": "shop"}}],
-        **changed,
-    }
-
-
 @pytest.fixture
 def api(kubeconfig):
     """Yield path -> (status, answer), which an API server behind the kubeconfig gives."""
@@ -184,28 +173,17 @@ def test_a_cluster_without_the_resource_is_told_so(api, capsys):
     assert "install the chart" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("written", "said"),
-    [
-        (None, "there is no kubeconfig {path}; set KUBECONFIG"),
-        ("a: [1\nb: }", "the kubeconfig {path} is not YAML: "),
-        ("", "the kubeconfig {path} cannot be used: "),
-        ("hello", "the kubeconfig {path} cannot be used: "),
-        ("contexts: [{name: a}]", "the kubeconfig {path} lacks 'context'; "),
-        (configuration(1, contexts=[]), "the kubeconfig {path} has no context 'here'; it has none"),
-        (configuration(1, **{"current-context": ""}), "{path} has no current context; name one with --context: it has"),
-        (configuration(1, clusters=[]), "the kubeconfig {path} cannot be used: "),
-        (configuration(1), "the API server of context 'here', http://127.0.0.1:1, does not answer (Connection refused"),
-    ],
-)
+UNREACHED = "the API server of context 'here', http://127.0.0.1:1, does not answer (Connection refused"
+
+
+@pytest.mark.parametrize(("written", "said"), [*WRONG, (configuration(1), UNREACHED)])
 @pytest.mark.parametrize("command", [["status"], ["logs", "a"], ["predict", "a", "b"], ["plan"]])
 def test_a_cluster_that_cannot_be_asked_is_told_in_one_sentence(
     kubeconfig, tmp_path, monkeypatch, capsys, command, written, said
 ):
     (tmp_path / "models.yaml").write_text("models: []")
     monkeypatch.chdir(tmp_path)
-    if written is not None:
-        kubeconfig.write_text(written if isinstance(written, str) else yaml.safe_dump(written))
+    put(kubeconfig, written)
     assert main([*command, "--context", ""]) == 1
     printed = capsys.readouterr()
     assert printed.err.startswith("roundhouse: ")

@@ -10,7 +10,11 @@ TOOLS := .tools/bin/helm
 CHECKS := .tools/checks/.installed
 MODELS ?= models.yaml
 BASE ?= python:3.12-slim-bookworm
-IMAGE ?= roundhouse:0.1.0
+VERSION = $(shell sed -n '/^version = /{s/.*"\(.*\)"/\1/p;q}' pyproject.toml)
+# With `-dirty` where the build has what no commit has; empty without git.
+REVISION = $(shell git describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null)
+SOURCE ?=
+IMAGE ?= roundhouse:$(VERSION)
 # docker, podman and buildah take the same words; the layers that change least are kept between builds.
 BUILD ?= buildah build --layers
 
@@ -44,8 +48,9 @@ format: $(VENV)/.dev ## Mend what lint can mend
 bench: $(VENV)/.dev ## Compare with the peers, side by side (ninety minutes; ARGS=--quick for fewer)
 	$(BIN)/python -m loadtests.peers $(ARGS)
 
-image: ## Build the image of every pod (BASE=image with Python 3.11 to 3.13, IMAGE=name:tag, BUILD="docker build")
-	$(BUILD) --build-arg BASE=$(BASE) --tag $(IMAGE) --file Containerfile .
+image: ## Build the image of every pod (BASE=image with Python 3.11 to 3.13, IMAGE=name:tag, BUILD="docker build", SOURCE=url)
+	$(BUILD) --build-arg BASE=$(BASE) --build-arg VERSION=$(VERSION) $(if $(REVISION),--build-arg REVISION=$(REVISION)) \
+		$(if $(SOURCE),--build-arg SOURCE=$(SOURCE)) --tag $(IMAGE) --file Containerfile .
 
 charts: $(VENV)/.dev ## Write what the chart holds of the package: definition, schema, README
 	$(BIN)/python -m charts.generate

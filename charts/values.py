@@ -15,8 +15,10 @@ from serve.settings import Settings
 #: The one that both Helm 3 and Helm 4 read.
 DIALECT = "http://json-schema.org/draft-07/schema#"
 
-#: Settings that the chart itself decides, since they name places and ports of its pods.
-_OWN_SETTINGS = frozenset({"cache_dir", "state_dir", "host", "port", "proxies_url", "metrics_dir"})
+#: Settings that the chart itself decides, since they name places and ports of its pods, or has values of its own for.
+_OWN_SETTINGS = frozenset(
+    {"cache_dir", "state_dir", "host", "port", "proxies_url", "metrics_dir", "log_format", "access_log"}
+)
 
 Mapping = dict[str, Any]
 Texts = dict[str, str]
@@ -219,6 +221,15 @@ class Cache(Part):
     keep: bool = Field(False, description="Whether an uninstall leaves the claim.")
 
 
+class Logs(Part):
+    """What pods log."""
+
+    format: Literal["json", "text"] = Field(
+        "json", description="One event of JSON a line, also for what models print, or text for people."
+    )
+    access: bool = Field(False, description="Whether each request has a line.")
+
+
 class NetworkPolicy(Part):
     """Who may reach whom."""
 
@@ -306,11 +317,7 @@ PlatformSettings = create_model(
     "PlatformSettings",
     __base__=Part,
     __doc__="Settings of the platform, as environment variables `ROUNDHOUSE_*`; one left out takes its own default.",
-    **{
-        name: (field.annotation, field)
-        for name, field in Settings.model_fields.items()
-        if name not in _OWN_SETTINGS
-    },
+    **{name: (field.annotation, field) for name, field in Settings.model_fields.items() if name not in _OWN_SETTINGS},
 )
 
 
@@ -335,6 +342,7 @@ class Values(Part):
     ingress: Ingress = Ingress()
     http_route: HttpRoute = HttpRoute()
     cache: Cache = Cache()
+    logs: Logs = Logs()
     settings: PlatformSettings = Field(PlatformSettings(), json_schema_extra={"default": {}})
     extra_env_from: list[Mapping] = Field(
         [],

@@ -297,12 +297,16 @@ def _logs_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _logs(options: argparse.Namespace) -> int:
     from serve.cluster.remote import logs_of
+    from serve.settings import Settings
+    from serve.telemetry.lines import renderer
 
     def say(line: str) -> None:
         print(f"roundhouse: {line}", file=sys.stderr, flush=True)
 
+    settings = Settings.from_environment()
+    render = renderer(settings.log_format, is_terminal=sys.stdout.isatty(), colour=Settings.wants_colour())
     place = options.context, options.namespace
-    for line in logs_of(options.model, *place, lines=options.lines, follow=options.follow, say=say):
+    for line in logs_of(options.model, *place, lines=options.lines, follow=options.follow, say=say, render=render):
         print(line, flush=True)
     return OK
 
@@ -315,11 +319,14 @@ def _follow_logs(options: argparse.Namespace) -> int:
     from pathlib import Path
 
     from serve.runtime.logs import FOLDER, follow
+    from serve.settings import Settings
+    from serve.telemetry.lines import form_of
 
     def write(line: str) -> None:
         print(line, flush=True)
 
-    follow(Path(options.folder) if options.folder else FOLDER, write=write)
+    log_format = form_of(Settings.from_environment().log_format, is_terminal=sys.stdout.isatty())
+    follow(Path(options.folder) if options.folder else FOLDER, log_format=log_format, write=write)
     return OK
 
 

@@ -38,6 +38,10 @@ class Settings(BaseModel):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Least severe line of the log."
     )
+    log_format: Literal["auto", "json", "text"] = Field(
+        default="auto", description="Form of the log: `auto` is text on a terminal and JSON elsewhere."
+    )
+    access_log: bool = Field(default=False, description="Log a line for each request.")
     offline: bool = Field(default=False, description="Never touch the network; use what is cached.")
     allowed_hosts: tuple[str, ...] = Field(
         default=(),
@@ -155,6 +159,11 @@ class Settings(BaseModel):
             return folder.expanduser() if folder is not None else None
         except RuntimeError as error:
             raise ValueError("names the home of a user who has none") from error
+
+    @staticmethod
+    def wants_colour(environment: Mapping[str, str] | None = None) -> bool:
+        """Return whether a terminal may be written to in colour: `NO_COLOR` is not set (no-color.org)."""
+        return not (os.environ if environment is None else environment).get("NO_COLOR")
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import itertools
 import logging
 import threading
@@ -25,11 +26,15 @@ Part = Mapping[str, Any]
 logger = logging.getLogger(__name__)
 
 
-def failure(error: BaseException) -> RoundhouseError:
-    """Return what the caller sees of an exception: ours as it is; the model's own by type and text, and logged here."""
+def failure(error: BaseException, *, batch_size: int | None = None) -> RoundhouseError:
+    """Return what the caller sees of an exception: ours as it is; the model's own by type and text, and logged here.
+
+    Args:
+        batch_size: Of what it ended, where that was more than the request that this code runs for.
+    """
     if isinstance(error, RoundhouseError):
         return error
-    logger.error("the model raised", exc_info=error)
+    logger.error("the model raised", exc_info=error, extra={} if batch_size is None else {"batch_size": batch_size})
     try:
         text = str(error)
     except Exception as nested:
@@ -142,7 +147,7 @@ class Generators:
             return Step(key, None, done=True)
         except BaseException as error:
             del self._running[key]
-            return Step(key, None, done=True, error=failure(error))
+            return Step(key, None, done=True, error=error if isinstance(error, Exception) else failure(error))
 
     def release(self, key: int) -> None:
         """Close a generator, which runs its `finally`."""
@@ -167,6 +172,7 @@ class Stream:
     ) -> None:
         self.item: Item | None = item
         self.passage = passage
+        self.context = contextvars.copy_context()  # the log's lines about it have its request's identifiers
         self.size_bytes = size_bytes
         self.prepared: Any = None
         self.whole = whole
@@ -520,7 +526,7 @@ class Stepper:
         with self._lock:
             if stream.waiting:
                 self._dequeue(stream)
-        tell(self._loop, self._deliver, [(stream, None, True, failure(error))])
+        tell(self._loop, self._deliver, [(stream, None, True, stream.context.run(failure, error))])
 
     # On the model's thread
 
@@ -585,7 +591,7 @@ class Stepper:
                 key = self._model.admit(stream.prepared)
                 self._active[key] = stream
             except BaseException as error:
-                tell(self._loop, self._deliver, [(stream, None, True, failure(error))])
+                tell(self._loop, self._deliver, [(stream, None, True, stream.context.run(failure, error))])
             else:
                 stream.key = key
                 stream.admitted_at = self._clock()
@@ -612,7 +618,7 @@ class Stepper:
                 if delivery := self._delivery(step):  # what was taken before an error counts
                     taken.append(delivery)  # noqa: PERF401
         except BaseException as error:
-            taken += self._fail_all(failure(error))
+            taken += self._fail_all(failure(error, batch_size=len(self._active)))
         self._metrics.batch(size, self._clock() - began)
         return taken
 
@@ -626,7 +632,7 @@ class Stepper:
             self._ended += 1
         if step.output is not None:
             stream.sent += 1
-        return stream, step.output, done, failure(step.error) if step.error else None
+        return stream, step.output, done, stream.context.run(failure, step.error) if step.error else None
 
     def _fail_all(self, error: Exception) -> list[_Delivery]:
         failed = dict(self._active)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Route
 
+from serve.api.access import App, Logged
 from serve.api.errors import (
     MethodNotAllowed,
     PathNotFound,
@@ -23,6 +25,7 @@ from serve.api.errors import (
 )
 from serve.api.wire import JSON_HEADER, Headers, Receive, Scope, Send, echoed, relative_path, send_bytes
 from serve.errors import Cancelled, ModelNotFound
+from serve.telemetry.logs import REQUEST
 from serve.telemetry.passage import Passage
 from serve.telemetry.traceparent import TraceIds, sampled_trace
 from serve.telemetry.tracing import Tracer
@@ -82,6 +85,7 @@ class Endpoint:
         headers: dict[bytes, bytes] = dict(scope["headers"])
         passage = Passage()
         passage.enter(scope)
+        REQUEST.set((headers, passage))  # never reset: each request is a task of its own
         if self._tracer is not None:
             passage.trace = self._tracer.begin(headers)
 
@@ -117,11 +121,18 @@ class Application(FastAPI):
     Args:
         hot: Path below the mount point -> what answers POST there.
         routes: Everything else.
+        access_log: Whether each request has its line in the access log.
     """
 
-    def __init__(self, *, hot: Mapping[str, Endpoint], routes: Sequence[BaseRoute], **options: Any) -> None:
+    def __init__(
+        self, *, hot: Mapping[str, Endpoint], routes: Sequence[BaseRoute], access_log: bool = False, **options: Any
+    ) -> None:
         super().__init__(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, **options)
-        self._hot = dict(hot)
+        self._hot: Mapping[str, App] = hot
+        self._rest: App = self._answer_rest
+        if access_log:
+            self._hot = {path: Logged(end, route_of=functools.partial(_itself, path)) for path, end in hot.items()}
+            self._rest = Logged(self._answer_rest, route_of=self._route_of)
         # The hot routes stand first: Ray looks each request's path up in this list to name its route.
         self.router.routes[:0] = [*(Route(path, end, methods=["POST"]) for path, end in hot.items()), *routes]
         self.add_exception_handler(HTTPException, _refuse)  # type: ignore[arg-type]
@@ -131,17 +142,31 @@ class Application(FastAPI):
         if scope["type"] != "http":
             await super().__call__(scope, receive, send)
             return
+        if scope["method"] == "POST" and (endpoint := self._hot.get(relative_path(scope) or "")) is not None:
+            await endpoint(scope, receive, send)
+            return
+        await self._rest(dict(scope), receive, send)
+
+    def _route_of(self, scope: Scope) -> str:
+        """Return the pattern of the route that a request has, whatever its method."""
+        return next(
+            (each.path for each in self.router.routes if isinstance(each, Route) and each.matches(scope)[1]), ""
+        )
+
+    async def _answer_rest(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = relative_path(scope)
         if path is None:
             # The server matches prefixes by letters: `/v2/models/ab` arrives at the model `a`.
             await _send_not_found(scope, send)
             return
-        if scope["method"] == "POST" and (endpoint := self._hot.get(path)) is not None:
-            await endpoint(scope, receive, send)
-            return
         if len(path) > 1 and path.endswith("/"):
             path = path.rstrip("/") or "/"
-        await super().__call__({**scope, "path": scope.get("root_path", "") + path}, receive, send)
+        scope["path"] = scope.get("root_path", "") + path
+        await super().__call__(scope, receive, send)
+
+
+def _itself(path: str, scope: Scope) -> str:  # noqa: ARG001 - as `_route_of`
+    return path
 
 
 def shape_of(path: str) -> Shape:

@@ -81,6 +81,8 @@ TABLE: tuple[tuple[type[RoundhouseError], Problem], ...] = (
     (PredictionFailed, Problem(500, "server_error", "prediction_failed")),
 )
 INTERNAL = Problem(500, "server_error", "internal_error")
+#: What a status is counted as where it was passed on, or its error was not seen.
+OUTCOMES_OF_STATUS = {told.status: told.code for _, told in reversed(TABLE)} | {400: "invalid_value"}
 
 #: An error and how it is told -> the body of its answer.
 Shape = Callable[[Problem, str, "str | None"], Mapping[str, Any]]

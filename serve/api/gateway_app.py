@@ -20,7 +20,7 @@ from serve.api.application import Answer, Application, Endpoint, Meter, exemplar
 from serve.api.body import Uploads, check_media_type, json_type, parse_object, read_body
 from serve.api.directory import Directory, ModelStatus, find, not_ready
 from serve.api.errors import (
-    TABLE,
+    OUTCOMES_OF_STATUS,
     PathNotFound,
     ReplicaLost,
     Shape,
@@ -62,8 +62,6 @@ _OF_ONE_HOP = frozenset((
 # A request that one of these applications passes on says so; where it comes back to one, it found no replica.
 _PASSED_ALONG = b"x-roundhouse-passed-along"
 _UNROUTED = b"x-roundhouse-unrouted"
-# What a replica's own refusal is counted as here, where only its status is looked at.
-_OUTCOMES = {told.status: told.code for _, told in reversed(TABLE)} | {400: "invalid_value"}
 _STATES = {"ready": "READY", "failed": "UNAVAILABLE", "draining": "UNLOADING"}
 _EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"]
 _ROUTE_RETRY_S = 1.0
@@ -122,6 +120,7 @@ class GatewayRoutes:
         self._watch = watch_disconnect
         self._metrics_dir = settings.metrics_dir
         self._metrics = GatewayMetrics(settings.metrics_dir)
+        self._access_log = settings.access_log
 
     def application(self) -> Application:
         """Return the application."""
@@ -138,7 +137,9 @@ class GatewayRoutes:
             )
             for endpoint in openai_surface.ENDPOINTS
         }
-        return Application(hot=hot, routes=self._routes(), title="Roundhouse", lifespan=lifespan)
+        return Application(
+            hot=hot, routes=self._routes(), access_log=self._access_log, title="Roundhouse", lifespan=lifespan
+        )
 
     def _routes(self) -> list[BaseRoute]:
         def get(path: str, make: Callable[[dict[str, str]], Any], shape: Shape = open_inference_shape) -> Route:
@@ -382,7 +383,7 @@ class GatewayRoutes:
                     return False
                 is_events = reply.headers.get(b"content-type", b"").startswith(b"text/event-stream")
                 if reply.status >= 400:
-                    passage.outcome = _OUTCOMES.get(reply.status, "internal_error")
+                    passage.outcome = OUTCOMES_OF_STATUS.get(reply.status, "internal_error")
                     if not is_events:
                         await self._check_refusal(name, reply)
                 part, more = await reply.next_chunk()

@@ -49,7 +49,7 @@ _READERS = {"chat/completions": openai_surface.read_chat, "completions": openai_
 def build_model_app(
     host: Host,
     *,
-    settings: Settings,  # noqa: ARG001
+    settings: Settings,
     watch_disconnect: bool = False,
     tracer: Tracer | None = None,
     explain: Callable[[], dict[str, Any]] | None = None,
@@ -67,7 +67,8 @@ def build_model_app(
     Raises:
         NotReady: The host is not loaded.
     """
-    return ModelRoutes(host, watch_disconnect=watch_disconnect, tracer=tracer, explain=explain).application()
+    routes = ModelRoutes(host, watch_disconnect=watch_disconnect, tracer=tracer, explain=explain)
+    return routes.application(access_log=settings.access_log)
 
 
 class ModelRoutes:
@@ -93,7 +94,7 @@ class ModelRoutes:
         self._document = documents.model_document(self._protocol)
         host.metrics.objectives.promise(host.spec.objectives)
 
-    def application(self) -> Application:
+    def application(self, *, access_log: bool = False) -> Application:
         """Return the application."""
         meter, openai_meter = self._meter("open_inference"), self._meter("openai")
         infer = Endpoint(
@@ -120,7 +121,9 @@ class ModelRoutes:
             },
         }
         name = self._spec.name
-        return Application(hot=hot, routes=self._routes(), title=name, description=self._spec.description)
+        return Application(
+            hot=hot, routes=self._routes(), access_log=access_log, title=name, description=self._spec.description
+        )
 
     def _meter(self, protocol: str) -> Meter:
         metrics = self._host.metrics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from http import HTTPStatus
 from typing import Any
@@ -12,6 +13,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serve.api.body import read_length
 from serve.api.wire import Message, Scope
+
+logger = logging.getLogger(__name__)
 
 _STATUS_LINES = {int(status): f"HTTP/1.1 {int(status)} {status.phrase}\r\n".encode() for status in HTTPStatus}
 _LONGEST_WHOLE_BYTES = 256 * 1024
@@ -163,7 +166,7 @@ class WholeRequestProtocol(HttpToolsProtocol):
         try:
             await self.app(whole.scope, whole.receive, whole.send)
         except Exception:
-            self.logger.exception("The application raised.")
+            logger.exception("The application raised.")
             if whole.started:
                 self.transport.close()
             else:

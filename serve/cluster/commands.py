@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import logging
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +16,9 @@ from serve.cluster.health import serve_health
 from serve.cluster.kube import MANAGER, Cluster, Missing, connect
 from serve.cluster.leader import Leadership
 from serve.cluster.targets import RayServeApi, RayService, Target, token_in
+from serve.settings import Settings
+from serve.telemetry.lines import renderer
+from serve.telemetry.logs import Log, to_stream
 
 _DEFINITIONS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 _LEASES = "/apis/coordination.k8s.io/v1/leases"
@@ -57,9 +60,16 @@ def run_controller(options: ControllerOptions) -> None:
     Raises:
         ApiUnavailable: There is no way to a cluster.
         ControllerBroken: One of its threads ended.
+        SpecError: A setting of the environment is wrong.
     """
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    settings = Settings.from_environment()
+    render = renderer(settings.log_format, is_terminal=sys.stderr.isatty(), colour=Settings.wants_colour())
+    about = {"component": "controller", "replica": options.identity}
+    with Log(render, to_stream(sys.stderr), level=settings.log_level, about=about):
+        _run(options)
+
+
+def _run(options: ControllerOptions) -> None:
     cluster = Cluster(connect(options.context), options.namespace)
     leadership = Leadership(
         cluster,

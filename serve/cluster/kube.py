@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import urllib3
+import yaml
 from kubernetes import client as kube
-from kubernetes import config as kube_config
 from kubernetes.client.exceptions import ApiException
+from kubernetes.config import ConfigException, kube_config, load_incluster_config
 
 from serve.cluster.crd import FINALIZER, GROUP, KIND, PLURAL, VERSION
 from serve.errors import RoundhouseError
@@ -30,6 +34,8 @@ _LONG_ANSWER_S = 60.0
 WRITE_S = _CONNECT_S + _CONNECT_S + _ANSWER_S
 # Deeper than any Model that is right, and than what stands around it in a list.
 _MAX_DEPTH = 100
+# What the client library raises over a kubeconfig of another form, or whose certificates are not there.
+_UNUSABLE = (ConfigException, LookupError, TypeError, AttributeError, ValueError, OSError, RecursionError)
 _BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]')
 
 
@@ -61,17 +67,59 @@ def connect(context: str | None = None) -> kube.ApiClient:
     """Return a client: of the pod's service account, or of the kubeconfig's context (empty for its current one).
 
     Raises:
-        ApiUnavailable: There is neither.
+        ApiUnavailable: There is neither, or the kubeconfig cannot be used; the message says the likely fix.
     """
     configuration = kube.Configuration()
+    if context is not None:
+        name, _ = find_context(context)
+        with _reading_kubeconfig():
+            kube_config.load_kube_config(context=name, client_configuration=configuration)
+            return client_of(configuration)
     try:
-        if context is None:
-            kube_config.load_incluster_config(client_configuration=configuration)
-        else:
-            kube_config.load_kube_config(context=context or None, client_configuration=configuration)
-    except kube_config.ConfigException as error:
-        raise ApiUnavailable(f"no way to a cluster: {error}") from error
+        load_incluster_config(client_configuration=configuration)
+    except ConfigException as error:
+        raise ApiUnavailable(
+            f"this is no pod with an account of its cluster ({error}); --context names one of the kubeconfig's"
+        ) from error
     return client_of(configuration)
+
+
+def find_context(context: str) -> tuple[str, str]:
+    """Return the name of one of the kubeconfig's contexts, empty for its current one, and its namespace.
+
+    Raises:
+        ApiUnavailable: There is no such context, or the kubeconfig cannot be used.
+    """
+    path = kube_config.KUBE_CONFIG_DEFAULT_LOCATION
+    with _reading_kubeconfig():
+        config = kube_config.KubeConfigMerger(path).config.value
+        contexts = {one.value["name"]: one.value["context"] or {} for one in config["contexts"]}
+        name = context or config.get("current-context") or ""
+        known = ", ".join(contexts) or "none"
+        namespace = str(contexts.get(name, {}).get("namespace") or "default")
+    if not name:
+        raise ApiUnavailable(f"the kubeconfig {path} has no current context; name one with --context: it has {known}")
+    if name not in contexts:
+        raise ApiUnavailable(f"the kubeconfig {path} has no context {name!r}; it has {known}")
+    return name, namespace
+
+
+@contextlib.contextmanager
+def _reading_kubeconfig() -> Iterator[None]:
+    """Tell what is wrong with the kubeconfig, of which the client library raises whatever it stumbles over."""
+    path = kube_config.KUBE_CONFIG_DEFAULT_LOCATION
+    try:
+        if not any(Path(part).expanduser().exists() for part in path.split(os.pathsep) if part):
+            raise ApiUnavailable(f"there is no kubeconfig {path}; set KUBECONFIG to the file that kubectl takes")
+        yield
+    except yaml.YAMLError as error:
+        told = " ".join(str(error).split())
+        raise ApiUnavailable(f"the kubeconfig {path} is not YAML: {told}; mend that line") from error
+    except _UNUSABLE as error:
+        told = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be used: {' '.join(str(error).split())}"
+        raise ApiUnavailable(
+            f"the kubeconfig {path} {told}; `kubectl config view` shows it, KUBECONFIG names another"
+        ) from error
 
 
 def client_of(configuration: kube.Configuration) -> kube.ApiClient:
@@ -248,7 +296,10 @@ class Cluster:
                 return response
             told = _message(response.read())
         except (ApiException, urllib3.exceptions.HTTPError, OSError) as error:
-            raise ApiUnavailable(f"the API server does not answer {method} {path}: {error}") from error
+            host = self._client.configuration.host
+            raise ApiUnavailable(
+                f"the API server, {host}, does not answer {method} {path} ({root_of(error)})"
+            ) from error
         if response.status == 404:
             raise Missing(f"{method} {path}: {told}")
         if response.status in (409, 410):
@@ -257,6 +308,13 @@ class Cluster:
         is_about_this = 400 <= response.status < 500 and response.status not in (401, 408, 429)
         refusal = Refused if is_about_this else ApiUnavailable
         raise refusal(f"the API server refuses {method} {path} ({response.status}): {told}")
+
+
+def root_of(error: BaseException) -> str:
+    """Return the words of what is behind an error, in one line, without the layers that handed it on."""
+    while (inner := getattr(error, "reason", None) or error.__cause__) and isinstance(inner, BaseException):
+        error = inner
+    return " ".join(str(getattr(error, "strerror", None) or error).split())
 
 
 def _parsed(data: bytes) -> Any:

@@ -25,10 +25,25 @@ _QUANTITY = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,2}|[a-zA-Z]
 
 #: The groups that the chart's values begin with, which a site's values are laid over.
 CHART_GROUPS: Mapping[str, Mapping[str, Any]] = {
-    "cpu": {"replicas": 2, "maxReplicas": None, "cpus": 4, "memory": "8Gi", "gpus": 0, "resources": {}}
+    "cpu": {
+        "replicas": 2,
+        "maxReplicas": None,
+        "cpus": 4,
+        "memory": "8Gi",
+        "gpus": 0,
+        "gpuResource": "nvidia.com/gpu",
+        "resources": {},
+    }
 }
 #: What a group of another name takes where its values do not say.
-GROUP_DEFAULTS: Mapping[str, Any] = {"replicas": 1, "cpus": 4, "memory": "8Gi", "gpus": 0, "resources": {}}
+GROUP_DEFAULTS: Mapping[str, Any] = {
+    "replicas": 1,
+    "cpus": 4,
+    "memory": "8Gi",
+    "gpus": 0,
+    "gpuResource": "nvidia.com/gpu",
+    "resources": {},
+}
 #: What the chart gives Ray's object store on each worker.
 OBJECT_STORE_BYTES = 80 * 2**20
 #: What Ray's own processes take on each worker: 430 MB were measured, of them 180 MB for a proxy and a gateway.
@@ -38,12 +53,18 @@ _MOST_CPUS, _MOST_GPUS, _MOST_WORKERS = 1024, 64, 10_000
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """What one worker has for models: CPU cores, bytes of memory, whole GPUs, less its part of a gateway's CPU."""
+    """What one worker has for models, less its part of a gateway's CPU.
+
+    Args:
+        cpus: Cores.
+        memory: Bytes.
+        gpus: Resource of a device plugin -> how many of it; a replica's are all of one.
+    """
 
     name: str
     cpus: float
     memory: int
-    gpus: int
+    gpus: Mapping[str, int]
     has_gateway: bool = True
 
 
@@ -54,13 +75,15 @@ class Placed:
     Args:
         replica: From 1.
         least: Whether it is one of `min_replicas`, which are always there.
-        gpus: Which of the worker's GPUs it is on.
+        kind: Resource of its GPUs; empty where it has none.
+        gpus: Which of those that the worker has of this kind it is on.
     """
 
     model: str
     replica: int
     least: bool
     worker: str
+    kind: str
     gpus: tuple[int, ...]
 
 
@@ -95,14 +118,13 @@ class _Room:
         self.name = worker.name
         self.cpus = max(0, round(worker.cpus * _UNIT) - _GATEWAY_CPU * worker.has_gateway)
         self.memory = worker.memory
-        self.gpus = [_UNIT] * worker.gpus
+        self.gpus = {kind: [_UNIT] * count for kind, count in worker.gpus.items() if count}
         self.models: list[str] = []
 
     def lacking(self, spec: ModelSpec) -> dict[str, float]:
         """Return what is missing for a replica; empty where it fits."""
         cpus, gpus, memory = _needs(spec)
-        whole = _UNIT * sum(left == _UNIT for left in self.gpus)
-        gpu_room = whole if gpus >= _UNIT else max(self.gpus, default=0)
+        gpu_room = max((_gpu_room(left, gpus) for left in self.gpus.values()), default=0)
         missing = {
             "CPU": (cpus - self.cpus) / _UNIT,
             "GPU": (gpus - gpu_room) / _UNIT,
@@ -110,28 +132,40 @@ class _Room:
         }
         return {name: amount for name, amount in missing.items() if amount > 0}
 
-    def take(self, spec: ModelSpec) -> tuple[int, ...]:
-        """Give a replica its place and return its GPUs."""
+    def take(self, spec: ModelSpec) -> tuple[str, tuple[int, ...]]:
+        """Give a replica its place and return the kind of its GPUs and which of that kind they are."""
         cpus, gpus, memory = _needs(spec)
         self.cpus -= cpus
         self.memory -= memory
         self.models.append(spec.name)
-        if gpus >= _UNIT:
-            chosen = [index for index, left in enumerate(self.gpus) if left == _UNIT][: gpus // _UNIT]
-            for index in chosen:
-                self.gpus[index] = 0
-            return tuple(chosen)
         if not gpus:
-            return ()
-        index = min((i for i, left in enumerate(self.gpus) if left >= gpus), key=lambda i: self.gpus[i])
-        self.gpus[index] -= gpus
-        return (index,)
+            return "", ()
+        if gpus >= _UNIT:
+            # The kind of which least is left, so that what asks for more still finds it.
+            fitting = [kind for kind, left in self.gpus.items() if _gpu_room(left, gpus) >= gpus]
+            kind = min(fitting, key=lambda kind: _gpu_room(self.gpus[kind], gpus))
+            chosen = [index for index, left in enumerate(self.gpus[kind]) if left == _UNIT][: gpus // _UNIT]
+        else:
+            each = [(left, kind, i) for kind, gpus_left in self.gpus.items() for i, left in enumerate(gpus_left)]
+            _, kind, index = min(one for one in each if one[0] >= gpus)
+            chosen = [index]
+        for index in chosen:
+            self.gpus[kind][index] -= min(gpus, _UNIT)
+        return kind, tuple(chosen)
 
     def rank(self, spec: ModelSpec) -> tuple[int, int, int]:
         """Return what orders the workers that fit, best first: a shared GPU is filled up, replicas are spread."""
         _, gpus, _ = _needs(spec)
-        opens_gpu = 0 < gpus < _UNIT and not any(gpus <= left < _UNIT for left in self.gpus)
+        every = [left for gpus_left in self.gpus.values() for left in gpus_left]
+        opens_gpu = 0 < gpus < _UNIT and not any(gpus <= left < _UNIT for left in every)
         return int(opens_gpu), self.models.count(spec.name), len(self.models)
+
+
+def _gpu_room(gpus_left: Sequence[int], asked: int) -> int:
+    """Return what GPUs of one kind have for a replica: whole ones together, or a part of one."""
+    if asked >= _UNIT:
+        return _UNIT * sum(left == _UNIT for left in gpus_left)
+    return max(gpus_left, default=0)
 
 
 def _needs(spec: ModelSpec) -> tuple[int, int, int]:
@@ -155,7 +189,7 @@ def forecast(specs: Sequence[ModelSpec], workers: Sequence[Worker]) -> Forecast:
         fitting = [room for room in rooms if not room.lacking(spec)]
         if fitting:
             room = min(fitting, key=lambda candidate: candidate.rank(spec))
-            placed.append(Placed(spec.name, replica, is_least, room.name, room.take(spec)))
+            placed.append(Placed(spec.name, replica, is_least, room.name, *room.take(spec)))
         else:
             lacking, nearest = _nearest(spec, rooms)
             unplaced.append(Unplaced(spec.name, replica, is_least, lacking, nearest))
@@ -241,7 +275,10 @@ def _worker_of_group(name: str, group: Mapping[str, Any], place: str) -> Worker:
         memory = _bytes(group["memory"] if limit is None else limit)
     except ValueError as error:
         raise SpecError(f"{place}.{where}: {error}") from error
-    return Worker(name, float(cpus), _left(memory), _whole(group["gpus"], f"{place}.gpus", most=_MOST_GPUS))
+    gpus, kind = _whole(group["gpus"], f"{place}.gpus", most=_MOST_GPUS), group["gpuResource"]
+    if not isinstance(kind, str):
+        raise SpecError(f"{place}.gpuResource: {kind!r} is no text, such as nvidia.com/gpu")
+    return Worker(name, float(cpus), _left(memory), {kind: gpus} if gpus else {})
 
 
 def _whole(value: object, place: str, *, most: int) -> int:
@@ -276,7 +313,8 @@ def _takes_pods(node: Mapping[str, Any]) -> bool:
 
 def _worker(node: Mapping[str, Any]) -> Worker:
     room = node["status"]["allocatable"]
-    gpus = sum(int(_quantity(amount)) for name, amount in room.items() if _GPUS.fullmatch(name))
+    counts = {name: int(_quantity(amount)) for name, amount in room.items() if _GPUS.fullmatch(name)}
+    gpus = {name: count for name, count in counts.items() if count}
     return Worker(node["metadata"]["name"], float(_quantity(room["cpu"])), _left(_bytes(room["memory"])), gpus)
 
 
@@ -297,7 +335,7 @@ def _quantity(written: object) -> Fraction:
 def told(found: Forecast) -> str:
     """Return a forecast as a table for people."""
     rows = [("MODEL", "REPLICA", "WORKER", "GPU")]
-    rows += [(one.model, _replica(one), one.worker, ",".join(map(str, one.gpus)) or "-") for one in found.placed]
+    rows += [(one.model, _replica(one), one.worker, _gpus(one)) for one in found.placed]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     for waits in found.unplaced:
@@ -309,6 +347,10 @@ def told(found: Forecast) -> str:
         lines.append(f"Ray itself takes {taken} of each worker: its processes and its object store.")
     lines.append("A forecast for an empty cluster: Ray decides by what is free at the time.")
     return "\n".join(lines)
+
+
+def _gpus(one: Placed) -> str:
+    return f"{','.join(map(str, one.gpus))} {one.kind}" if one.gpus else "-"
 
 
 def _replica(one: Placed | Unplaced) -> str:

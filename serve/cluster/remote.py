@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import socket
 import socketserver
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import urllib3
-import yaml
 from kubernetes import client as kube
 from kubernetes import stream as kube_stream
 from kubernetes.client.exceptions import ApiException
-from kubernetes.config import kube_config
 
-from serve.cluster.kube import ApiUnavailable, Cluster, Missing, connect
+from serve.cluster.kube import ApiUnavailable, Cluster, Missing, connect, find_context, root_of
 from serve.errors import RoundhouseError
+from serve.telemetry.lines import Render, parsed
 
 _WORKERS = "app.kubernetes.io/part-of=roundhouse,app.kubernetes.io/component=worker"
 _PORT = 8000
 _AT_ONCE = 64 * 1024
-# What the client library raises over a kubeconfig of another form, or whose certificates are not there.
-_UNUSABLE = (kube_config.ConfigException, ApiUnavailable, LookupError, TypeError, AttributeError, ValueError, OSError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +34,7 @@ class _Place:
 
     def client(self) -> kube.ApiClient:
         """Return a client of its own."""
-        with _reading_kubeconfig():
-            return connect(self.context)
+        return connect(self.context)
 
     @contextlib.contextmanager
     def cluster(self) -> Iterator[Cluster]:
@@ -53,35 +47,9 @@ class _Place:
                 raise
             raise ApiUnavailable(
                 f"the API server of context {self.context!r}, {client.configuration.host}, does not answer "
-                f"({_root_of(error.__cause__)}); `kubectl --context {self.context} version` shows whether it is "
+                f"({root_of(error.__cause__)}); `kubectl --context {self.context} version` shows whether it is "
                 "reached from here"
             ) from error
-
-
-def _root_of(error: BaseException) -> str:
-    """Return the words of what is behind an error, without the layers that handed it on."""
-    while (inner := getattr(error, "reason", None) or error.__cause__) and isinstance(inner, BaseException):
-        error = inner
-    return str(getattr(error, "strerror", None) or error)
-
-
-@contextlib.contextmanager
-def _reading_kubeconfig() -> Iterator[None]:
-    """Tell what is wrong with the kubeconfig, of which the client library raises whatever it stumbles over."""
-    path = kube_config.KUBE_CONFIG_DEFAULT_LOCATION
-    if not any(Path(part).expanduser().exists() for part in path.split(os.pathsep) if part):
-        raise ApiUnavailable(f"there is no kubeconfig {path}; set KUBECONFIG to the file that kubectl takes")
-    try:
-        yield
-    except yaml.YAMLError as error:
-        told = " ".join(str(error).split())
-        raise ApiUnavailable(f"the kubeconfig {path} is not YAML: {told}; mend that line") from error
-    except _UNUSABLE as error:
-        cause = error.__cause__ or error if isinstance(error, ApiUnavailable) else error
-        told = f"lacks {cause}" if isinstance(cause, KeyError) else f"cannot be used: {cause}"
-        raise ApiUnavailable(
-            f"the kubeconfig {path} {told}; `kubectl config view` shows it, KUBECONFIG names another"
-        ) from error
 
 
 def _place(context: str, namespace: str | None) -> _Place:
@@ -90,18 +58,8 @@ def _place(context: str, namespace: str | None) -> _Place:
     Raises:
         ApiUnavailable: There is no such context.
     """
-    path = kube_config.KUBE_CONFIG_DEFAULT_LOCATION
-    with _reading_kubeconfig():
-        config = kube_config.KubeConfigMerger(path).config.value
-        contexts = {one.value["name"]: one.value["context"] or {} for one in config["contexts"]}
-        name = context or config.get("current-context") or ""
-        known = ", ".join(contexts) or "none"
-        found = str(namespace or contexts.get(name, {}).get("namespace") or "default")
-    if not name:
-        raise ApiUnavailable(f"the kubeconfig {path} has no current context; name one with --context: it has {known}")
-    if name not in contexts:
-        raise ApiUnavailable(f"the kubeconfig {path} has no context {name!r}; it has {known}")
-    return _Place(name, found)
+    name, own = find_context(context)
+    return _Place(name, namespace or own)
 
 
 def fetch_models(context: str, namespace: str | None) -> tuple[str, list[dict[str, Any]]]:
@@ -146,7 +104,14 @@ def all_ready(models: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def logs_of(
-    model: str, context: str, namespace: str | None, *, lines: int, follow: bool, say: Callable[[str], None]
+    model: str,
+    context: str,
+    namespace: str | None,
+    *,
+    lines: int,
+    follow: bool,
+    say: Callable[[str], None],
+    render: Render,
 ) -> Iterator[str]:
     """Yield what a model's replicas print and log, each line with its pod.
 
@@ -154,6 +119,7 @@ def logs_of(
         lines: How many lines of each pod's log are looked through.
         follow: Whether to go on with those that come, from the pods that there are now.
         say: Told of each pod whose log cannot be read, such as one that has not started.
+        render: Makes lines of events, where the pods' logs are in JSON.
 
     Raises:
         ApiUnavailable: As `fetch_models`, there is no such Model, or no pod has a log that can be read.
@@ -173,6 +139,8 @@ def logs_of(
                 for line in cluster.log_of(pod, lines=lines, follow=follow):
                     if line.startswith(f"{model} | "):
                         yield f"{pod} {line.removeprefix(f'{model} | ')}"
+                    elif (event := parsed(line)) and event.get("model") == model and "component" not in event:
+                        yield render(event | {"pod": pod})
         except (ApiUnavailable, Missing) as error:
             skipped.append(pod)
             say(f"skipped pod {pod}: {error}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,10 +19,15 @@ from serve.runtime.status import PHASE_COLOURS
 
 
 class Board:
-    """A live table on a terminal, one line an event elsewhere."""
+    """A live table on a terminal, one line an event elsewhere.
 
-    def __init__(self, console: Console | None = None) -> None:
+    Args:
+        log: Where it tells everything instead, for programs to read.
+    """
+
+    def __init__(self, console: Console | None = None, *, log: logging.Logger | None = None) -> None:
         self._console = console or Console(stderr=False, highlight=False)
+        self._log = log
         self._began = time.monotonic()
         self._last: dict[str, tuple[str, str]] = {}
         self._ready_after_s: dict[str, float] = {}
@@ -33,22 +39,36 @@ class Board:
 
     def say(self, text: str) -> None:
         """Print one line with the time since the start."""
+        if self._log is not None:
+            self._log.info("%s", text)
+            return
         self._console.print(Text(f"{self.elapsed_s():6.1f} s  {text}"), soft_wrap=True)
 
     @contextlib.contextmanager
     def working(self, text: str) -> Iterator[None]:
         """Show that something goes on, where there is a terminal to show it on."""
-        with self._console.status(text) if self._console.is_terminal else contextlib.nullcontext():
+        with self._console.status(text) if self._is_live() else contextlib.nullcontext():
             yield
+
+    def _is_live(self) -> bool:
+        return self._log is None and self._console.is_terminal
 
     def block(self, text: str) -> None:
         """Print lines as they are."""
+        if self._log is not None:
+            self._log.info("%s", text.strip())
+            return
         self._console.print(Text(text), soft_wrap=True)
         sys.stdout.flush()
 
+    def write(self, lines: str) -> None:
+        """Print lines of a log, each with its end, above what is shown in place; ANSI escapes are colours."""
+        for line in lines.splitlines():
+            self._console.print(Text.from_ansi(line), soft_wrap=True)
+
     def show(self, models: Sequence[ModelStatus]) -> None:
         """Show the models' state; on a terminal in place, elsewhere only what changed."""
-        if self._console.is_terminal and self._live is None and any(not settled(model) for model in models):
+        if self._is_live() and self._live is None and any(not settled(model) for model in models):
             self._live = Live(console=self._console, refresh_per_second=8, transient=True)
             self._live.start()
         for model in models:

@@ -25,7 +25,7 @@ from serve.autoscaling.kept import Kept
 from serve.runtime import decisions, phases
 from serve.telemetry.devices import Gpus
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 _REFRESH_S = 1.0
 _FIRST_READ_S = 5.0

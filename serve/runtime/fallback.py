@@ -15,6 +15,7 @@ from starlette.middleware import Middleware
 from serve.api.gateway_app import build_gateway_app
 from serve.api.wire import Receive, Scope, Send
 from serve.runtime.directory import RayDirectory
+from serve.runtime.events import begin_log
 from serve.settings import Settings
 from serve.telemetry.export import start_tracing
 
@@ -25,7 +26,9 @@ class Fallback:
     def __init__(self, app: object) -> None:
         self._ray = app
         settings = Settings.from_environment()
-        tracing = start_tracing(settings, instance=f"fallback-{os.getpid()}", passes_on=True)
+        instance = f"fallback_{os.getpid()}"
+        begin_log(settings, instance, {"component": "fallback"})
+        tracing = start_tracing(settings, instance=instance, passes_on=True)
         models = RayDirectory()
         self._gateway = build_gateway_app(
             models,

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from serve.api.gateway_app import build_gateway_app
 from serve.applications import GATEWAY, MAX_ONGOING_REQUESTS
 from serve.runtime import decisions, directory, phases
+from serve.runtime.events import begin_log
 from serve.runtime.ingress import take_over
 from serve.settings import Settings
 from serve.telemetry.export import start_tracing
@@ -29,7 +30,9 @@ class Gateway:
 
     def __init__(self) -> None:
         settings = Settings.from_environment()
-        self._tracing = start_tracing(settings, instance=ray_serve.get_replica_context().replica_tag, passes_on=True)
+        tag = ray_serve.get_replica_context().replica_tag
+        begin_log(settings, f"gateway_{tag}", {"component": "gateway", "replica": tag})
+        self._tracing = start_tracing(settings, instance=tag, passes_on=True)
         models = directory.RayDirectory()
         self._app = build_gateway_app(
             models,

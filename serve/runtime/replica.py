@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import sys
 from functools import partial
@@ -19,12 +20,15 @@ from serve.api.model_app import build_model_app
 from serve.applications import DEPLOYMENT, MODEL_VARIABLE, deployment_options, replica_options
 from serve.host import Host, Phase
 from serve.runtime import directory
+from serve.runtime.events import begin_log
 from serve.runtime.ingress import take_over
 from serve.runtime.phases import PhaseReporter
 from serve.settings import Settings
-from serve.spec import ModelSpec, Objectives
+from serve.spec import ModelSpec, Objectives, revision_of
 from serve.telemetry.export import start_tracing
 from serve.telemetry.metrics import ReplicaMetrics
+
+logger = logging.getLogger(__name__)
 
 # The event loop and the model's thread share the GIL; a shorter turn lets the model's next operation start sooner.
 SWITCH_INTERVAL_S = 0.0005
@@ -46,11 +50,13 @@ class ModelReplica:
         take_over(lambda: self._app)
         self._spec = ModelSpec.model_validate_json(spec or _from_config())
         self._settings = Settings.from_environment()
-        instance = ray_serve.get_replica_context().replica_tag
-        say = PhaseReporter(self._spec.name, instance)
+        name, tag = self._spec.name, ray_serve.get_replica_context().replica_tag
+        about = {"model": name, "revision": revision_of(self._spec), "replica": tag}
+        self._log = begin_log(self._settings, f"model-{name}_{tag}", about)
+        say = PhaseReporter(name, tag)
         say("starting", "importing")
         metrics = ReplicaMetrics.of(self._spec.name, folder=self._settings.metrics_dir)
-        self._tracing = start_tracing(self._settings, instance=instance, model=self._spec.name)
+        self._tracing = start_tracing(self._settings, instance=tag, model=name)
         tracer = self._tracing.tracer
         self._host = Host(self._spec, settings=self._settings, base_dir=Path(base_dir), metrics=metrics, tracer=tracer)
 
@@ -63,6 +69,8 @@ class ModelReplica:
             self._app = build_model_app(self._host, settings=self._settings, tracer=tracer, explain=explain)
         except Exception as error:
             say("failed", f"{type(error).__name__}: {error}")
+            logger.exception("The model does not start.")
+            self._log.flush()
             raise
         say("ready", f"pid {os.getpid()}", request=self._own_request())
 
@@ -88,6 +96,8 @@ class ModelReplica:
             await self._host.drain(max(30.0, self._spec.deadline_ms / 1000))
             await self._host.close()
             await asyncio.to_thread(self._tracing.close)
+        if hasattr(self, "_log"):
+            self._log.flush()
 
 
 def build_application(spec: ModelSpec, *, base_dir: Path, log_level: str) -> ray_serve.Application:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -22,8 +24,11 @@ from serve.errors import SpecError
 from serve.runtime import state
 from serve.runtime.board import Board, settled, time_spent
 from serve.runtime.local import Platform, has_haproxy
+from serve.runtime.logs import Follower, serious
 from serve.settings import Settings
 from serve.spec import ModelSpec
+from serve.telemetry.lines import form_of, renderer
+from serve.telemetry.logs import Log, to_stream
 
 if TYPE_CHECKING:
     from serve.runtime.directory import Asker
@@ -31,23 +36,35 @@ if TYPE_CHECKING:
 _STARTING_POLL_S = 0.5
 _SETTLED_POLL_S = 2.0
 _FIRST_ALONE_S = 20.0
+_LOG_POLL_S = 1.0
+
+logger = logging.getLogger(__name__)
 
 
 class Up:
     """One run of `roundhouse up`."""
 
     def __init__(self, path: Path, *, settings: Settings, dashboard: bool) -> None:
+        is_terminal = sys.stdout.isatty()
+        is_json = form_of(settings.log_format, is_terminal=is_terminal) == "json"
         self._path = path
-        self._settings = settings
-        self._board = Board()
+        # Every process of this run tells its log in the form that this output has.
+        self._settings = settings.replaced(log_format="json" if is_json else "text")
+        self._render = renderer(self._settings.log_format, is_terminal=is_terminal, colour=Settings.wants_colour())
+        self._board = Board(log=logger if is_json else None)
+        self._write = to_stream(sys.stdout) if is_json else self._board.write
         self._stop = threading.Event()
-        self._platform = Platform(settings, say=self._board.say, dashboard=dashboard)
+        self._platform = Platform(self._settings, say=self._board.say, dashboard=dashboard)
         self._steps: dict[str, float] = {}
         self._is_started = self._is_deaf = False
         self._seen = b""
 
     def run(self) -> int:
         """Serve until told to stop; return the exit status."""
+        with Log(self._render, self._write, level=self._settings.log_level, about={"component": "up"}):
+            return self._run()
+
+    def _run(self) -> int:
         declaration = self._load()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
@@ -86,6 +103,7 @@ class Up:
         with self._board.working("starting the platform, about ten seconds"):
             self._platform.start(declaration.models)
         self._is_started = True
+        threading.Thread(target=self._forward, name="forward", daemon=True).start()
         self._steps["Ray and Ray Serve"] = time.monotonic() - began
         for number in (signal.SIGINT, signal.SIGTERM):  # Ray has put its own in place
             signal.signal(number, self._on_signal)
@@ -105,6 +123,13 @@ class Up:
         self._board.say(f"serving on {self._settings.url}, logs in {self._platform.logs}")
         # The first model has the machine to itself until it answers, so that something does early.
         self._platform.apply(declaration.models, base_dir=declaration.base_dir, at_most=1)
+
+    def _forward(self) -> None:
+        """Tell here what the models and the gateway log of what is wrong; everything is in their files."""
+        follower = Follower(self._platform.logs, log_format=self._settings.log_format)
+        while not self._stop.wait(_LOG_POLL_S):
+            for event in filter(None, map(serious, follower.events())):
+                self._write(self._render(event) + "\n")
 
     def _warn(self, declaration: Declaration) -> None:
         for note in self._platform.shortages(declaration.models):

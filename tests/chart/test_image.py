@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import yaml
@@ -55,3 +57,31 @@ def test_the_labels_that_change_with_each_build_cost_no_layer() -> None:
 def test_the_image_says_the_version_of_the_chart() -> None:
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     assert re.findall(r"^ARG VERSION=(.*)$", FINAL, re.MULTILINE) == [chart["appVersion"]]
+
+
+def built(folder: Path, *words: str) -> list[str]:
+    """Return the build arguments of `make image`, which is not run."""
+    command = ["make", "--dry-run", "--directory", str(folder), "image", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    return re.findall(r"--build-arg (\S+)", done.stdout.replace("\\\n", " "))
+
+
+def test_the_image_is_built_with_what_its_labels_say(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    base = re.findall(r"^ARG BASE=(.*)$", FILE, re.MULTILINE)[0]
+    assert built(tmp_path) == [f"BASE={base}", f"VERSION={version}"]
+
+    def git(*words: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        done = subprocess.run(["git", "-C", str(tmp_path), *who, *words], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    for words in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "all"]):
+        git(*words)
+    commit = git("rev-parse", "HEAD")
+    assert built(tmp_path)[2:] == [f"REVISION={commit}"]
+    (tmp_path / "pyproject.toml").write_text('version = "7.8.9"\n')
+    source = "https://example.org/code"
+    assert built(tmp_path, f"SOURCE={source}")[1:] == ["VERSION=7.8.9", f"REVISION={commit}-dirty", f"SOURCE={source}"]

@@ -211,6 +211,19 @@ def test_every_setting_reaches_ray_as_the_platform_reads_it():
     assert settings.s3_endpoint == "https://store.internal"
 
 
+@pytest.mark.parametrize(
+    ("case", "form", "level", "is_on"),
+    [("default", "json", "info", False), ("extra", "text", "debug", True), ("kuberay", "json", "info", False)],
+)
+def test_every_process_of_ours_logs_as_the_values_say(case, form, level, is_on):
+    ours = [pod for pod in pods(objects(case)) if not pod.owner.startswith(("Job/", "Pod/"))]
+    assert {pod.owner.partition("/")[0] for pod in ours} >= {"Deployment"}
+    assert len(ours) >= 3
+    for pod in ours:
+        settings = Settings.from_environment(environment(pod))
+        assert (settings.log_format, settings.log_level, settings.access_log) == (form, level, is_on), pod.owner
+
+
 def test_a_model_in_the_values_becomes_the_object_that_it_describes():
     first, second = of("models", "Model")
     assert first["metadata"]["name"] == "minilm"

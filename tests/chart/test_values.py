@@ -14,6 +14,8 @@ from charts.values import defaults, values_schema
 from serve.settings import Settings
 from tests.chart.rendering import CHART, HELMS, refusal
 
+PLACES = {"cache_dir", "state_dir", "host", "port", "proxies_url", "metrics_dir"}
+
 
 @pytest.mark.parametrize("path", generated(), ids=lambda path: path.name)
 def test_what_the_chart_holds_of_the_package_is_current(path):
@@ -95,5 +97,5 @@ def test_every_setting_that_is_no_place_of_a_pod_can_be_given():
 def _aliases() -> Iterator[dict[str, str]]:
     for name in Settings.model_fields:
         first, *rest = name.split("_")
-        if name not in {"cache_dir", "state_dir", "host", "port", "proxies_url", "metrics_dir"}:
+        if name not in {*PLACES, "log_format", "access_log"}:
             yield {"alias": first + "".join(word.capitalize() for word in rest)}

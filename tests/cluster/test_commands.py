@@ -1,18 +1,21 @@
-"""The chart's hooks against an API server that lets them do what the chart's roles say, and nothing else."""
+"""The chart's hooks against an API server that lets them do what the chart's roles say, and commands without one."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from kubernetes import client as kube
 
+from serve.cli import main
 from serve.cluster import commands
 from serve.cluster.commands import LEASE, install_crd, remove_models
 from serve.cluster.kube import ApiUnavailable
 from tests.chart.rendering import of
 from tests.cluster.fakes import MODELS, Answer, FakeApi, Faults
+from tests.cluster.kubeconfigs import WRONG, configuration, put
 
 DEFINITION = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/models.roundhouse.dev"
 
@@ -121,3 +124,44 @@ def test_a_hook_that_is_to_keep_the_definition_may_not_remove_it(monkeypatch: py
         with pytest.raises(ApiUnavailable, match="may not"):
             removed()
     assert made.defined
+
+
+HOOKS = [["install-crd"], ["remove-models", "--namespace", "here"]]
+CONTROLLER = ["controller", "--namespace=here", "--ray-url=http://127.0.0.1:1", "--ray-token-file=/dev/null"]
+CONTROLLER += ["--gateway-url=http://127.0.0.1:1", "--public-url=http://127.0.0.1:1", "--identity=me"]
+REFUSED = "the API server, http://127.0.0.1:1, does not answer "
+
+
+@pytest.mark.parametrize(
+    ("command", "written", "said"),
+    [(command, *case) for command in [*HOOKS, CONTROLLER] for case in WRONG]
+    + [(command, configuration(1), REFUSED) for command in HOOKS],
+)
+def test_a_cluster_that_cannot_be_asked_is_told_in_one_sentence(
+    command: list[str],
+    written: Any,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "kubeconfig"
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(path))
+    put(path, written)
+    assert main([*command, "--context", ""]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith("roundhouse: ")
+    assert said.format(path=path) in printed.err
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
+
+
+@pytest.mark.parametrize("command", [*HOOKS, CONTROLLER])
+def test_outside_of_a_cluster_a_command_asks_for_a_context(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    assert main(command) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("roundhouse: this is no pod with an account of its cluster (")
+    assert "--context" in printed
+    assert printed.count("\n") == 1

@@ -52,7 +52,9 @@ MODELS = st.lists(st.tuples(GPUS, CPUS, st.integers(1, 100), st.integers(1, 3), 
         for n, (gpus, cpus, memory, least, more) in enumerate(rows)
     ]
 )
-WORKERS = st.lists(st.tuples(CPUS, st.integers(0, 300), st.integers(0, 4)), max_size=4).map(
+GPU, AMD, MIG = "nvidia.com/gpu", "amd.com/gpu", "nvidia.com/mig-3g.40gb"
+KINDS = st.dictionaries(st.sampled_from([GPU, AMD, MIG]), st.integers(0, 4))
+WORKERS = st.lists(st.tuples(CPUS, st.integers(0, 300), KINDS), max_size=4).map(
     lambda rows: [Worker(f"w{n}", *row) for n, row in enumerate(rows)]
 )
 
@@ -69,11 +71,11 @@ def test_every_replica_is_placed_within_what_its_worker_has_or_explained(specs, 
         memory[placed.worker] += wanted.memory
         assert len(set(placed.gpus)) == (wanted.gpus if wanted.gpus >= 1 else bool(wanted.gpus))
         for gpu in placed.gpus:
-            shares[placed.worker, gpu].append(min(wanted.gpus, 1))
+            shares[placed.worker, placed.kind, gpu].append(min(wanted.gpus, 1))
     for worker in workers:
         assert cpus[worker.name] <= worker.cpus + 1e-9
         assert memory[worker.name] <= worker.memory
-        assert all(gpu < worker.gpus for name, gpu in shares if name == worker.name)
+        assert all(gpu < worker.gpus[kind] for name, kind, gpu in shares if name == worker.name)
     for parts in shares.values():
         assert sum(parts) <= 1 + 1e-9
         assert 1 not in parts or len(parts) == 1
@@ -84,23 +86,25 @@ def test_every_replica_is_placed_within_what_its_worker_has_or_explained(specs, 
 
 
 def test_shares_fill_one_gpu_before_another_is_opened():
-    found = forecast([model("a", gpus=0.5), model("b", gpus=0.5)], [Worker("x", 8, 0, 2), Worker("y", 8, 0, 2)])
+    found = forecast(
+        [model("a", gpus=0.5), model("b", gpus=0.5)], [Worker("x", 8, 0, {GPU: 2}), Worker("y", 8, 0, {GPU: 2})]
+    )
     assert [(one.worker, one.gpus) for one in found.placed] == [("x", (0,)), ("x", (0,))]
 
 
 def test_replicas_without_a_gpu_are_spread():
-    found = forecast([model("a", least=2)], [Worker("x", 8, 0, 0), Worker("y", 8, 0, 0)])
+    found = forecast([model("a", least=2)], [Worker("x", 8, 0, {}), Worker("y", 8, 0, {})])
     assert [one.worker for one in found.placed] == ["x", "y"]
 
 
 def test_what_is_always_there_comes_before_what_load_would_add():
-    found = forecast([model("a", most=3), model("b")], [Worker("x", 2.5, 0, 0)])
+    found = forecast([model("a", most=3), model("b")], [Worker("x", 2.5, 0, {})])
     assert [(one.model, one.replica) for one in found.placed] == [("a", 1), ("b", 1)]
     assert [(one.model, one.replica, one.least) for one in found.unplaced] == [("a", 2, False), ("a", 3, False)]
 
 
 def test_the_missing_amount_is_of_the_worker_that_comes_nearest():
-    (waits,) = forecast([model("a", gpus=2, cpus=4)], [Worker("x", 1, 0, 0), Worker("y", 8, 0, 1)]).unplaced
+    (waits,) = forecast([model("a", gpus=2, cpus=4)], [Worker("x", 1, 0, {}), Worker("y", 8, 0, {GPU: 1})]).unplaced
     assert (waits.nearest, waits.lacking) == ("y", {"GPU": 1.0})
 
 
@@ -113,22 +117,38 @@ def test_nodes_that_take_no_pods_are_left_out():
     control = {"key": "node-role.kubernetes.io/control-plane", "effect": "NoSchedule"}
     gpu = {"key": "nvidia.com/gpu", "effect": "NoSchedule"}
     nodes = [node("a", taints=[gpu]), node("b", unschedulable=True), node("c", taints=[control])]
-    assert workers_of_nodes({"items": nodes}) == [Worker("a", 3.9, 16 * GIB - RAY, 2)]
+    assert workers_of_nodes({"items": nodes}) == [Worker("a", 3.9, 16 * GIB - RAY, {GPU: 2})]
 
 
 @pytest.mark.parametrize(
-    ("gpus", "count"),
+    ("gpus", "kinds"),
     [
-        ({"nvidia.com/mig-1g.5gb": "7", "nvidia.com/mig-3g.20gb": "1", "nvidia.com/gpu": "0"}, 8),
-        ({"amd.com/gpu": 4}, 4),
-        ({"nvidia.com/gpu.shared": "4"}, 4),
-        ({"nvidia.com/gpumem": "40", "hugepages-2Mi": "0"}, 0),
+        (
+            {"nvidia.com/mig-1g.5gb": "7", "nvidia.com/mig-3g.20gb": "1", "nvidia.com/gpu": "0"},
+            {"nvidia.com/mig-1g.5gb": 7, "nvidia.com/mig-3g.20gb": 1},
+        ),
+        ({AMD: 4}, {AMD: 4}),
+        ({"nvidia.com/gpu.shared": "4"}, {"nvidia.com/gpu.shared": 4}),
+        ({"nvidia.com/gpumem": "40", "hugepages-2Mi": "0"}, {}),
     ],
 )
-def test_gpus_of_every_device_plugin_are_counted(gpus, count):
+def test_gpus_of_every_device_plugin_are_counted_by_kind(gpus, kinds):
     taint = {"key": next(iter(gpus)), "effect": "NoSchedule"}
-    workers = workers_of_nodes([node("a", gpus, taints=[taint] if count else [])])
-    assert [worker.gpus for worker in workers] == [count]
+    workers = workers_of_nodes([node("a", gpus, taints=[taint] if kinds else [])])
+    assert [worker.gpus for worker in workers] == [kinds]
+
+
+def test_the_gpus_of_a_replica_are_of_one_kind():
+    mixed = Worker("x", 8, 0, {GPU: 1, AMD: 2})
+    (waits,) = forecast([model("a", gpus=3)], [mixed]).unplaced
+    assert waits.lacking == {"GPU": 1.0}
+    found = forecast([model("a", gpus=2), model("b", gpus=1)], [mixed])
+    assert [(one.model, one.kind, one.gpus) for one in found.placed] == [("a", AMD, (0, 1)), ("b", GPU, (0,))]
+
+
+def test_the_kind_of_which_least_is_left_is_taken_first():
+    found = forecast([model("b", gpus=1), model("a", gpus=2)], [Worker("x", 8, 0, {AMD: 2, GPU: 1})])
+    assert [(one.model, one.kind) for one in found.placed] == [("b", GPU), ("a", AMD)]
 
 
 @pytest.mark.parametrize(
@@ -156,6 +176,7 @@ def group(**given):
         (group(cpus=float("inf")), "ray.workerGroups.cpu.cpus: inf is not a number above 0"),
         (group(cpus=float("nan")), "ray.workerGroups.cpu.cpus: nan"),
         (group(cpus="many"), "ray.workerGroups.cpu.cpus: 'many'"),
+        (group(gpuResource=7), "ray.workerGroups.cpu.gpuResource: 7 is no text"),
         (group(gpus=0.5), "ray.workerGroups.cpu.gpus: 0.5 is not a whole number"),
         (group(replicas=float("inf")), "ray.workerGroups.cpu.replicas: inf"),
         (group(replicas=10**12), "ray.workerGroups.cpu.replicas: 1000000000000"),
@@ -175,12 +196,12 @@ def test_values_that_the_chart_would_not_take_are_refused_by_their_place(values,
 
 
 def test_what_the_values_leave_out_is_what_the_chart_sets():
-    two = [Worker("cpu-0", 4.0, 8 * GIB - RAY, 0), Worker("cpu-1", 4.0, 8 * GIB - RAY, 0)]
+    two = [Worker("cpu-0", 4.0, 8 * GIB - RAY, {}), Worker("cpu-1", 4.0, 8 * GIB - RAY, {})]
     assert workers_of_values(None) == workers_of_values({}) == two
     assert workers_of_values(group(replicas=2)) == workers_of_values(group(cpus=None, gpus=0)) == two[:2]
-    assert workers_of_values(group(replicas=None)) == [Worker("cpu-0", 4.0, 8 * GIB - RAY, 0)]
+    assert workers_of_values(group(replicas=None)) == [Worker("cpu-0", 4.0, 8 * GIB - RAY, {})]
     assert workers_of_values({"ray": {"workerGroups": {"cpu": None, "gpu": {"gpus": 1}}}}) == [
-        Worker("gpu-0", 4.0, 8 * GIB - RAY, 1)
+        Worker("gpu-0", 4.0, 8 * GIB - RAY, {GPU: 1})
     ]
     assert workers_of_values({"ray": {"workerGroups": None}}) == []
 
@@ -192,7 +213,8 @@ def test_the_defaults_are_the_charts():
     assert groups.keys() == CHART_GROUPS.keys()
     for name, expected in CHART_GROUPS.items():
         assert {key: groups[name][key] for key in expected} == expected
-    assert {key: WorkerGroup.model_fields[key].default for key in GROUP_DEFAULTS} == GROUP_DEFAULTS
+    defaults = {field.alias: field.default for field in WorkerGroup.model_fields.values()}
+    assert {key: defaults[key] for key in GROUP_DEFAULTS} == GROUP_DEFAULTS
     helpers = (CHART / "templates" / "_helpers.tpl").read_text()
     assert re.search(r'dict "replicas" 1 "cpus" 4 "memory" "8Gi" "gpus" 0 ', helpers)
     assert str(OBJECT_STORE_BYTES) in helpers
@@ -238,6 +260,18 @@ def test_the_command_fails_where_something_does_not_fit(tmp_path, capsys):
     values.write_text("ray: {workerGroups: {cpu: {replicas: 1, cpus: 4, memory: 1Gi}}}")
     assert main([*asked, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["placed"][0]["worker"] == "cpu-0"
+
+
+def test_the_command_tells_the_kinds_of_gpus_apart(tmp_path, capsys):
+    (tmp_path / "m.yaml").write_text(
+        "models: [{name: a, task: python, source: 'file:/m.py', options: {class: M}, resources: {gpus: 1}},"
+        " {name: b, task: python, source: 'file:/m.py', options: {class: M}, resources: {gpus: 2}}]"
+    )
+    (tmp_path / "n.json").write_text(json.dumps({"items": [node("x", {GPU: "1", AMD: "1"})]}))
+    assert main(["plan", "-f", str(tmp_path / "m.yaml"), "--nodes", str(tmp_path / "n.json")]) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1].split() == ["a", "1", "x", "0", GPU]
+    assert printed[2].startswith("b replica 1 does not fit: lacks 1 GPU on x")
 
 
 def test_the_command_says_what_ray_takes_of_the_memory(tmp_path, capsys):

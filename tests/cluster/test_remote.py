@@ -16,6 +16,7 @@ import yaml
 
 from serve.api.explanation import example
 from serve.cli import main
+from tests.cluster.kubeconfigs import WRONG, configuration, put
 
 MODELS = "/apis/roundhouse.dev/v1alpha1/namespaces/shop/models"
 PODS = "/api/v1/namespaces/shop/pods"
@@ -110,18 +111,6 @@ def kubeconfig(tmp_path, monkeypatch):
     return path
 
 
-def configuration(port, **changed):
-    return {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "current-context": "here",
-        "clusters": [{"name": "c", "cluster": {"server": f"http://127.0.0.1:{port}"}}],
-        "users": [{"name": "u", "user": {}}],
-        "contexts": [{"name": "here", "context": {"cluster": "c", "user": "u", "namespace": "shop"}}],
-        **changed,
-    }
-
-
 @pytest.fixture
 def api(kubeconfig):
     """Yield path -> (status, answer), which an API server behind the kubeconfig gives."""
@@ -185,28 +174,17 @@ def test_a_cluster_without_the_resource_is_told_so(api, capsys):
     assert "install the chart" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("written", "said"),
-    [
-        (None, "there is no kubeconfig {path}; set KUBECONFIG"),
-        ("a: [1\nb: }", "the kubeconfig {path} is not YAML: "),
-        ("", "the kubeconfig {path} cannot be used: "),
-        ("hello", "the kubeconfig {path} cannot be used: "),
-        ("contexts: [{name: a}]", "the kubeconfig {path} lacks 'context'; "),
-        (configuration(1, contexts=[]), "the kubeconfig {path} has no context 'here'; it has none"),
-        (configuration(1, **{"current-context": ""}), "{path} has no current context; name one with --context: it has"),
-        (configuration(1, clusters=[]), "the kubeconfig {path} cannot be used: "),
-        (configuration(1), "the API server of context 'here', http://127.0.0.1:1, does not answer (Connection refused"),
-    ],
-)
+UNREACHED = "the API server of context 'here', http://127.0.0.1:1, does not answer (Connection refused"
+
+
+@pytest.mark.parametrize(("written", "said"), [*WRONG, (configuration(1), UNREACHED)])
 @pytest.mark.parametrize("command", [["status"], ["logs", "a"], ["predict", "a", "b"], ["plan"]])
 def test_a_cluster_that_cannot_be_asked_is_told_in_one_sentence(
     kubeconfig, tmp_path, monkeypatch, capsys, command, written, said
 ):
     (tmp_path / "models.yaml").write_text("models: []")
     monkeypatch.chdir(tmp_path)
-    if written is not None:
-        kubeconfig.write_text(written if isinstance(written, str) else yaml.safe_dump(written))
+    put(kubeconfig, written)
     assert main([*command, "--context", ""]) == 1
     printed = capsys.readouterr()
     assert printed.err.startswith("roundhouse: ")
@@ -226,6 +204,24 @@ def test_logs_are_those_of_the_model_with_their_pods(api, capsys, follow):
     api[f"{PODS}/w2/log"] = 200, "ab | of a third\na | three"
     assert main(["logs", "a", *follow]) == 0
     assert sorted(capsys.readouterr().out.splitlines()) == ["w1 one", "w1 two", "w2 three"]
+
+
+def test_logs_in_json_are_those_of_the_model_with_their_pods(api, capsys, monkeypatch):
+    api[MODELS] = listed()
+    api[PODS] = 200, {"items": [worker("w1")]}
+    about = {"time": "2026-01-31T12:00:00.000Z", "level": "error", "logger": "serve.stepping"}
+    events = [
+        {**about, "message": "the model raised", "model": "a", "request_id": "r 1"},
+        {**about, "message": "of another", "model": "b"},
+        {**about, "message": "of the gateway", "model": "a", "component": "gateway"},
+    ]
+    api[f"{PODS}/w1/log"] = 200, "\n".join(["ray started", *map(json.dumps, events)])
+    monkeypatch.setenv("ROUNDHOUSE_LOG_FORMAT", "json")
+    assert main(["logs", "a"]) == 0
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [events[0] | {"pod": "w1"}]
+    monkeypatch.setenv("ROUNDHOUSE_LOG_FORMAT", "text")
+    assert main(["logs", "a"]) == 0
+    assert capsys.readouterr().out == 'a | 2026-01-31T12:00:00.000Z ERROR the model raised request_id="r 1" pod=w1\n'
 
 
 @pytest.mark.parametrize("follow", [[], ["--follow"]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import os
 import signal
 import socket
@@ -11,12 +12,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from serve.runtime.logs import Follower
 from tests.e2e.conftest import COMMAND, Running, running_platform
 
 pytestmark = pytest.mark.e2e
@@ -38,6 +41,9 @@ class Double:
         )
 
     def predict(self, batch):
+        if any(item["x"].min() < 0 for item in batch):
+            print("a number below zero")
+            raise ValueError("burst")
         return [{"y": item["x"] * self.factor, "pid": os.getpid()} for item in batch]
 
 class Broken:
@@ -55,9 +61,9 @@ def entry(name: str, class_name: str = "Double", more: str = "") -> str:
     return f"  - {{name: {name}, task: python, source: 'file:model.py', options: {{class: {class_name}{more}}}}}\n"
 
 
-def infer(url: str, model: str, values: list[float]) -> httpx.Response:
+def infer(url: str, model: str, values: list[float], **headers: str) -> httpx.Response:
     tensor = {"name": "x", "datatype": "FP32", "shape": [1, len(values)], "data": values}
-    return httpx.post(f"{url}/v2/models/{model}/infer", json={"inputs": [tensor]}, timeout=60)
+    return httpx.post(f"{url}/v2/models/{model}/infer", json={"inputs": [tensor]}, headers=headers, timeout=60)
 
 
 def answer(url: str, model: str) -> tuple[list[float], int]:
@@ -116,7 +122,25 @@ def test_a_users_class_answers(platform: Running):
 def test_the_documents_show_a_request_that_it_answers(platform: Running):
     page = html.unescape(httpx.get(f"{platform.url}/docs").raise_for_status().text)
     assert '"shape": [1, 2]' in page
-    assert '"shape": [1, 2]' in platform.log.read_text()
+    assert '"shape": [1, 2]' in "".join(found["message"] for found in events(platform.log))
+
+
+def test_the_log_of_a_failing_predict_is_one_line_with_the_requests_identifier(platform: Running):
+    [told] = [found for found in events(platform.log) if " logs in " in found["message"]]
+    folder = Path(told["message"].rpartition(" logs in ")[2])
+    [log] = (folder / "roundhouse").glob("model-one_*.log")
+    printed = Follower(folder, log_format="json")
+    list(printed.poll())
+    headers = {"x-request-id": "order-7", "traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01"}
+    assert infer(platform.url, "one", [-1], **headers).status_code == 500
+    wait_until(lambda: "order-7" in log.read_text())
+    [found] = [found for found in events(log) if found.get("request_id") == "order-7"]
+    assert (found["model"], found["level"], found["trace_id"]) == ("one", "error", "ab" * 16)
+    assert (found["exception"]["type"], found["exception"]["message"]) == ("ValueError", "burst")
+    assert 'raise ValueError("burst")' in found["exception"]["stack"]
+    # What it printed meanwhile is there at once, and `up` shows what went wrong.
+    assert {"model": "one", "message": "a number below zero"}.items() <= json.loads(next(printed.poll())).items()
+    wait_until(lambda: "order-7" in platform.log.read_text())
 
 
 def test_an_edit_changes_only_its_model(platform: Running):
@@ -210,8 +234,6 @@ def test_what_is_open_without_a_token_listens_on_this_machine_alone(platform: Ru
 
 
 def test_status_is_json_for_scripts(platform: Running):
-    import json
-
     done = platform.command("status", "--json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
@@ -262,6 +284,11 @@ def test_a_wrong_declaration_starts_nothing(tmp_path: Path):
     assert done.returncode == 1
     assert "models.yaml:3" in done.stderr
     assert "did you mean task" in done.stderr
+
+
+def events(log: Path) -> list[dict[str, Any]]:
+    """Return the events of a file that has nothing else; Ray prints a line or two into that of `up`."""
+    return [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
 
 
 def answered(url: str, model: str) -> list[float] | None:

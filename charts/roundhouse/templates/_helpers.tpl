@@ -103,6 +103,14 @@ securityContext:
     drop: [ALL]
 {{- end }}
 
+{{/* How our processes log. */}}
+{{- define "roundhouse.logEnv" -}}
+- name: ROUNDHOUSE_LOG_FORMAT
+  value: {{ .Values.logs.format }}
+- name: ROUNDHOUSE_ACCESS_LOG
+  value: {{ .Values.logs.access | quote }}
+{{- end }}
+
 {{/* Variables of every pod of the Ray cluster. */}}
 {{- define "roundhouse.rayEnv" -}}
 - name: POD_IP
@@ -110,6 +118,7 @@ securityContext:
     fieldRef:
       fieldPath: status.podIP
 {{ .Files.Get "files/ray-environment.yaml" }}
+{{ include "roundhouse.logEnv" . }}
 - name: ROUNDHOUSE_PROXIES_URL
   value: {{ include "roundhouse.inferenceUrl" . }}
 # A pod is a node; the folder outlives its containers, and with it what was counted.

@@ -22,7 +22,7 @@ def _gpus() -> list[Panel]:
     return [
         note(
             "Read this first",
-            f"These panels are of the GPUs of each machine. Where a machine has none they say *{NO_GPU}*, and nothing "
+            f"These panels are of the GPUs of each machine. Where a machine has none they say “{NO_GPU}”, and nothing "
             "is wrong.",
         ),
         series(

@@ -113,7 +113,7 @@ def series(
     panel = panel.tooltip(
         build_common.VizTooltipOptions().mode(common.TooltipDisplayMode.MULTI).sort(common.SortOrder.DESCENDING)
     )
-    panel = panel.color_scheme(build.FieldColor().mode(models.FieldColorModeId.PALETTE_CLASSIC_BY_NAME))
+    panel = panel.color_scheme(build.FieldColor().mode(models.FieldColorModeId.PALETTE_CLASSIC))
     for name, look in (looks or {}).items():
         panel = panel.override_by_name(name, look.properties())
     panel = panel if most is None else panel.max(most)

@@ -39,7 +39,7 @@ def scaling() -> Dashboard:
                 f"sum by (model, direction, reason) (increase({_DECISIONS}[1m])) > 0",
                 "{{model}} {{direction}}: {{reason}}",
                 color="purple",
-                step="30s",
+                step="15s",
             )
         ],
     )

@@ -8,6 +8,7 @@ COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generat
 PLATFORM := --group pyproject.toml:catalog --group pyproject.toml:build --extra models --extra s3 --extra gcs pyproject.toml
 TOOLS := .tools/bin/helm
 CHECKS := .tools/checks/.installed
+COLLECTOR := .tools/observe/.installed
 MODELS ?= models.yaml
 BASE ?= python:3.12-slim-bookworm
 VERSION = $(shell sed -n '/^version = /{s/.*"\(.*\)"/\1/p;q}' pyproject.toml)
@@ -19,13 +20,16 @@ IMAGE ?= roundhouse:$(VERSION)
 BUILD ?= buildah build --layers
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-cluster lint format bench image charts lock clean
+.PHONY: help serve observe test test-cluster lint format bench image charts pictures lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 serve: $(VENV)/.serve ## Set up, then serve the models of models.yaml (MODELS=other.yaml)
 	@exec $(BIN)/roundhouse up $(MODELS)
+
+observe: $(VENV)/.serve $(COLLECTOR) ## Watch what `make serve` serves: Prometheus, dashboards, traces (ARGS=--help)
+	@exec $(BIN)/python -m loadtests.observe $(ARGS)
 
 test: $(VENV)/.dev $(TOOLS) $(CHECKS) ## Set up, then run every test
 	$(BIN)/python -m pytest tests -m "not cluster"
@@ -52,8 +56,11 @@ image: ## Build the image of every pod (BASE=image with Python 3.11 to 3.13, IMA
 	$(BUILD) --build-arg BASE=$(BASE) --build-arg VERSION=$(VERSION) $(if $(REVISION),--build-arg REVISION=$(REVISION)) \
 		$(if $(SOURCE),--build-arg SOURCE=$(SOURCE)) --tag $(IMAGE) --file Containerfile .
 
-charts: $(VENV)/.dev ## Write what the chart holds of the package: definition, schema, README
+charts: $(VENV)/.dev ## Write what is generated: the chart's definition, schema and README, the dashboards
 	$(BIN)/python -m charts.generate
+
+pictures: $(VENV)/.dev ## Play ten eventful minutes and photograph the dashboards (wants prometheus, npm, chromium)
+	$(BIN)/python -m loadtests.observe.pictures $(ARGS)
 
 lock: $(UV) ## Resolve the dependencies again
 	$(COMPILE) --upgrade $(PLATFORM) --output-file lock/serve.txt
@@ -61,6 +68,7 @@ lock: $(UV) ## Resolve the dependencies again
 	$(COMPILE) --upgrade --group pyproject.toml:image --output-file lock/image.txt
 	$(COMPILE) --upgrade --group pyproject.toml:checks --output-file lock/checks.txt
 	$(COMPILE) --no-deps --group pyproject.toml:tools --output-file lock/tools.txt
+	$(COMPILE) --upgrade --group pyproject.toml:observe --output-file lock/observe.txt
 
 clean: ## Remove what the targets made
 	rm -rf $(VENV) .tools .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
@@ -100,4 +108,10 @@ $(CHECKS): lock/checks.txt $(UV)
 	@echo "Setting up: checks of the image and the chart"
 	@$(UV) venv --quiet --clear --python $(PYTHON) .tools/checks
 	@$(UV) pip install --quiet --python .tools/checks/bin/python --require-hashes -r lock/checks.txt
+	@touch $@
+
+$(COLLECTOR): lock/observe.txt $(UV)
+	@echo "Setting up: a collector of traces"
+	@$(UV) venv --quiet --clear --python $(PYTHON) .tools/observe
+	@$(UV) pip install --quiet --python .tools/observe/bin/python --require-hashes -r lock/observe.txt
 	@touch $@

@@ -1,4 +1,4 @@
-"""Writes what the chart holds of the package: `python -m charts.generate [--check]`."""
+"""Writes what the chart holds of the package, and the dashboards of both: `python -m charts.generate [--check]`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from pathlib import Path
 
 import yaml
 
+from charts import dashboards
 from charts.values import between_marks, values_schema, values_table
 from serve.applications import ENVIRONMENT
 from serve.cluster.crd import custom_resource_definition
 from serve.telemetry.rules import rules_yaml
 
-CHART = Path(__file__).parent / "roundhouse"
+ROOT = Path(__file__).parent.parent
+CHART = ROOT / "charts" / "roundhouse"
+#: The package's own and the chart's.
+DASHBOARDS = (ROOT / "serve" / "telemetry" / "dashboards", CHART / "files" / "dashboards")
 
 # A pod has its network to itself, so the replicas' ports can be known ahead.
 _PORTS = {
@@ -34,6 +38,7 @@ def generated() -> dict[Path, str]:
         CHART / "files" / "rules.yaml": rules_yaml(),
         CHART / "values.schema.json": json.dumps(values_schema(), indent=2) + "\n",
         readme: between_marks(readme.read_text(), values_table()),
+        **{folder / name: text for name, text in dashboards.files().items() for folder in DASHBOARDS},
     }
 
 
@@ -42,7 +47,7 @@ def main(arguments: list[str]) -> int:
     stale = [path for path, text in generated().items() if not path.exists() or path.read_text() != text]
     for path in stale:
         if "--check" in arguments:
-            print(f"{path.relative_to(CHART.parent.parent)} is stale; run `make charts`")
+            print(f"{path.relative_to(ROOT)} is stale; run `make charts`")
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(generated()[path])

@@ -533,6 +533,25 @@ def _verify(options: argparse.Namespace) -> int:
     return OK if verify(options.url, timeout_s=options.timeout_s, say=say) else FAILED
 
 
+def _dashboards_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=["export"], metavar="export", help="write them as files")
+    parser.add_argument("folder", metavar="FOLDER", help="where to; made if it is absent")
+    parser.add_argument("--json", action="store_true", help="print the files as a JSON list")
+
+
+def _dashboards(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from serve.telemetry.dashboards import export
+
+    written = export(Path(options.folder))
+    if options.json:
+        _print_json([{"file": str(path), "uid": one.uid, "title": one.title} for path, one in written])
+    else:
+        print(*(f"{path}  {one.title}" for path, one in written), sep="\n")
+    return OK
+
+
 def _print_json(value: object) -> None:
     import json
 
@@ -553,6 +572,7 @@ COMMANDS = (
     Command("logs", "MODEL", "Print what a model's replicas on a cluster print and log", _logs_arguments, _logs),
     Command("plan", "-f FILE", "Forecast where a cluster would put each replica", _plan_arguments, _plan),
     Command("rules", "", "Print what Prometheus records and alerts on", _rules_arguments, _rules),
+    Command("dashboards", "export FOLDER", "Write the dashboards for Grafana", _dashboards_arguments, _dashboards),
 )
 
 #: What the chart's pods run.

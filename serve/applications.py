@@ -118,12 +118,13 @@ def replica_options(spec: ModelSpec) -> dict[str, Any]:
 
 def live_options(spec: ModelSpec) -> dict[str, Any]:
     """Return what replicas that run take over from an edit (Ray's `user_config`), in JSON values."""
-    return spec.model_dump(mode="json", include={"objectives"})
+    return spec.model_dump(mode="json", include={"objectives"}, exclude_none=True)
 
 
 def gateway_entry(spec: ModelSpec) -> dict[str, Any]:
     """Return what the gateway has to know of a declared model, in JSON values."""
-    return spec.model_dump(mode="json", include={"name", "task", "description", "limits", "revision", "scaling"})
+    fields = dict.fromkeys(("name", "task", "description", "revision", "scaling"), True)
+    return spec.model_dump(mode="json", include={**fields, "limits": {"max_request_bytes"}})
 
 
 def serve_config(
@@ -174,7 +175,8 @@ def serve_config(
 
 def declared_text(spec: ModelSpec) -> str:
     """Return a declaration as it travels in the environment of a model's replicas."""
-    return json.dumps(spec.model_dump(mode="json", by_alias=True, exclude={"scaling", "objectives"}), sort_keys=True)
+    told = spec.model_dump(mode="json", by_alias=True, exclude={"scaling", "objectives"})
+    return json.dumps(told, sort_keys=True, separators=(",", ":"))
 
 
 def _model_application(spec: ModelSpec, logging: dict[str, Any], attempt: Attempt) -> dict[str, Any]:

@@ -128,7 +128,10 @@ def _requests() -> list[Panel]:
             "model_not_found is a wrong name, model_not_ready a model that loads or failed to, replica_lost a replica "
             "that died with the request.",
             Query(
-                f'sum by (model, outcome) (rate(roundhouse_gateway_requests_total{{outcome!="ok"}}{_RATE})) > 0',
+                # An empty label is none to Prometheus, and a legend would say `model` in its place.
+                "label_replace("
+                f'sum by (model, outcome) (rate(roundhouse_gateway_requests_total{{outcome!="ok"}}{_RATE})) > 0, '
+                '"model", "no model", "model", "")',
                 "{{model}} {{outcome}}",
             ),
             unit="reqps",

@@ -27,7 +27,7 @@ export function whole(expr, view) {
 }
 
 export function named(legend, labels) {
-  return legend.replace(/\{\{(\w+)\}\}/g, (_, label) => labels[label] ?? '');
+  return legend.replace(/\{\{(\w+)\}\}/g, (_, label) => labels[label] || label);
 }
 
 async function get(view, path, parameters) {

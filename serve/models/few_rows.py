@@ -2,7 +2,7 @@
 
 A step of one row is bound by the bytes of the weights and a step of several by arithmetic, so a weight is read once,
 converted in a register, and multiplied with up to eight rows there, as the register blocking of BLIS (ACM TOMS 41(3),
-2015) has it.
+2015) has it. Where registers are many, two outputs share the rows that were loaded, as loading is what takes long.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 _ROWS = 8  # that a weight is multiplied with at once: their sums fill half the registers of AVX2
 _OUTPUTS = 32  # whose weights stay near while one block of rows after another meets them
 _UNROLLED = 4
+_MANY_LANES = 16  # AVX-512 has 32 registers: sums of eight rows and two outputs, and what they are made from
 _AHEAD = 4096  # bytes between the weight that is used and the one that is asked of memory
 # What of a processor converts float16 in one instruction, and how many float32 its registers hold; the widest first.
 _LANES = (("avx512f", 16), ("f16c", 8), ("fullfp16", 4), ("neon", 4))
@@ -199,7 +200,12 @@ class _Columns:
         whole = build.sub(self._count, left)
 
         def block(row: Any, rows: int) -> Sequence[Any]:
-            self._loop(begin, end, 1, lambda output: self._output(output, row, rows))
+            together = 2 if self._lanes == _MANY_LANES and 2 * rows > _ROWS else 1
+            odd = build.and_(build.sub(end, begin), _I64(together - 1))
+            paired = build.sub(end, odd)
+            self._loop(begin, paired, together, lambda output: self._some(output, row, rows, outputs=together))
+            if together > 1:
+                self._loop(paired, end, 1, lambda output: self._some(output, row, rows, outputs=1))
             return ()
 
         self._loop(_I64(0), whole, _ROWS, lambda row: block(row, _ROWS))
@@ -214,36 +220,44 @@ class _Columns:
         build.position_at_end(after)
         return ()
 
-    def _output(self, output: Any, row: Any, rows: int) -> Sequence[Any]:
-        """Write one output of some rows; few rows have two sums each, so that an addition waits for no other."""
+    def _some(self, output: Any, row: Any, rows: int, *, outputs: int) -> Sequence[Any]:
+        """Write one or two outputs of some rows; few rows have two sums each, so that no addition waits for another."""
         build = self._build
-        weights = build.gep(self._weights, [build.mul(output, self._width)])
+        weights = [
+            build.gep(self._weights, [build.mul(build.add(output, _I64(o)), self._width)]) for o in range(outputs)
+        ]
         chains = 1 if 2 * rows > _ROWS else 2
         starts = [build.gep(self._rows, [build.mul(build.add(row, _I64(r)), self._width)]) for r in range(rows)]
-        zeros = [ir.Constant(self._wide, [0.0] * self._lanes)] * (rows * chains)
+        zeros = [ir.Constant(self._wide, [0.0] * self._lanes)] * (rows * outputs * chains)
 
         def step(index: Any, *sums: Any) -> Sequence[Any]:
-            ahead = build.gep(build.bitcast(build.gep(weights, [index]), _POINTER), [_I64(_AHEAD)])
-            build.call(self._fetch, [ahead, _I32(0), _I32(3), _I32(1)])
+            for start in weights:
+                ahead = build.gep(build.bitcast(build.gep(start, [index]), _POINTER), [_I64(_AHEAD)])
+                build.call(self._fetch, [ahead, _I32(0), _I32(3), _I32(1)])
             grown = list(sums)
             for part in range(_UNROLLED):
                 at = build.add(index, _I64(part * self._lanes))
-                weight = self._vector(weights, at, self._kind)
-                if self._kind is _HALF:
-                    weight = build.fpext(weight, self._wide)
+                loaded = [self._weight(start, at) for start in weights]
                 for r, start in enumerate(starts):
-                    chain = r * chains + part % chains
-                    grown[chain] = build.call(self._fma, [self._vector(start, at, _FLOAT), weight, grown[chain]])
+                    values = self._vector(start, at, _FLOAT)
+                    for o, weight in enumerate(loaded):
+                        chain = (r * outputs + o) * chains + part % chains
+                        grown[chain] = build.call(self._fma, [values, weight, grown[chain]])
             return grown
 
         sums = self._loop(_I64(0), self._width, _UNROLLED * self._lanes, step, zeros)
         for r in range(rows):
-            chained = sums[r * chains : (r + 1) * chains]
-            total = chained[0] if chains == 1 else build.fadd(*chained)
-            place = build.add(build.mul(build.add(row, _I64(r)), self._outputs), output)
-            product = build.call(self._sum, [ir.Constant(_FLOAT, 0.0), total], fastmath=("reassoc",))
-            build.store(product, build.gep(self._products, [place]))
+            for o in range(outputs):
+                first = (r * outputs + o) * chains
+                total = sums[first] if chains == 1 else build.fadd(*sums[first : first + chains])
+                place = build.add(build.mul(build.add(row, _I64(r)), self._outputs), build.add(output, _I64(o)))
+                product = build.call(self._sum, [ir.Constant(_FLOAT, 0.0), total], fastmath=("reassoc",))
+                build.store(product, build.gep(self._products, [place]))
         return ()
+
+    def _weight(self, start: Any, index: Any) -> Any:
+        weight = self._vector(start, index, self._kind)
+        return self._build.fpext(weight, self._wide) if self._kind is _HALF else weight
 
     def _vector(self, start: Any, index: Any, kind: Any) -> Any:
         place = self._build.gep(start, [index])

@@ -199,7 +199,7 @@ def test_a_cluster_without_the_resource_is_told_so(api, capsys):
         (configuration(1), "the API server of context 'here', http://127.0.0.1:1, does not answer (Connection refused"),
     ],
 )
-@pytest.mark.parametrize("command", [["status"], ["logs", "a"], ["predict", "a", "b"], ["plan"]])
+@pytest.mark.parametrize("command", [["status"], ["logs", "a"], ["predict", "a", "b"], ["explain", "a"], ["plan"]])
 def test_a_cluster_that_cannot_be_asked_is_told_in_one_sentence(
     kubeconfig, tmp_path, monkeypatch, capsys, command, written, said
 ):

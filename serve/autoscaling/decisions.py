@@ -136,8 +136,7 @@ def decided(before: Look, now: Look) -> Decision | None:
     """
     if now.wanted_replicas == before.wanted_replicas:
         return None
-    moved = (before.min_replicas, before.max_replicas) != (now.min_replicas, now.max_replicas)
-    if moved and now.wanted_replicas == now.bounded(before.wanted_replicas):
+    if now.wanted_replicas == now.bounded(before.wanted_replicas):
         return Decision(now.at, before.wanted_replicas, now.wanted_replicas, "bound", now)
     reason = "load" if now.wanted_replicas > before.wanted_replicas else "idle"
     return Decision(before.at, before.wanted_replicas, now.wanted_replicas, reason, before)

@@ -72,7 +72,7 @@ def readable(told: Mapping[str, Any]) -> str:
     replicas, bounds = told["replicas"], told["bounds"]
     least, most = bounds["min_replicas"], bounds["max_replicas"]
     counts = ", ".join(f"{count} {state}" for state, count in replicas.items() if count or state in ("wanted", "ready"))
-    allowed = f"{least}" if least == most else f"{least} to {most} allowed"
+    allowed = f"fixed at {least}" if least == most else f"{least} to {most} allowed"
     lines = [f"{told['model']}: {counts}; {allowed}", "", f"Now: {told['holds']}"]
     if told["decisions"]:
         lines += ["", "Decisions, newest first:"]

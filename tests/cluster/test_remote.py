@@ -178,7 +178,7 @@ UNREACHED = "the API server of context 'here', http://127.0.0.1:1, does not answ
 
 
 @pytest.mark.parametrize(("written", "said"), [*WRONG, (configuration(1), UNREACHED)])
-@pytest.mark.parametrize("command", [["status"], ["logs", "a"], ["predict", "a", "b"], ["plan"]])
+@pytest.mark.parametrize("command", [["status"], ["logs", "a"], ["predict", "a", "b"], ["explain", "a"], ["plan"]])
 def test_a_cluster_that_cannot_be_asked_is_told_in_one_sentence(
     kubeconfig, tmp_path, monkeypatch, capsys, command, written, said
 ):

@@ -109,6 +109,20 @@ def test_a_model_of_which_nothing_was_decided(
     assert "nothing was decided of minilm at " in capsys.readouterr().out
 
 
+def test_a_number_that_is_fixed_is_shown_as_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    fixed = ModelStatus(
+        "minilm", "text-embedding", ready_replicas=2, target_replicas=2, scaling=ModelScaling(0, 0, 2, 2)
+    )
+    assert asked(["minilm"], (200, explanation(fixed, Kept(), now=AT)), tmp_path, monkeypatch) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "minilm: 2 wanted, 2 ready; fixed at 2",
+        "",
+        "Now: the number is fixed: scaling.min_replicas and scaling.max_replicas are both 2",
+    ]
+
+
 def test_a_model_that_is_not_there_is_told_in_the_platforms_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

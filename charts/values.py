@@ -17,8 +17,6 @@ DIALECT = "http://json-schema.org/draft-07/schema#"
 
 #: Settings that the chart itself decides, since they name places and ports of its pods.
 _OWN_SETTINGS = frozenset({"cache_dir", "state_dir", "host", "port", "proxies_url", "metrics_dir"})
-#: Settings that `tracing` gives.
-_TRACING_SETTINGS = frozenset({"tracing_endpoint", "tracing_protocol", "tracing_ratio", "tracing_slow_ms"})
 
 Mapping = dict[str, Any]
 Texts = dict[str, str]
@@ -272,28 +270,11 @@ class Monitoring(Part):
     """What Prometheus and Grafana take."""
 
     enabled: bool = Field(
-        False, description="Whether each of Ray's pods tells its own metrics on port 6386, some 60 MB of memory each."
+        False, description="Whether each of Ray's pods tells its own metrics on port 6386, some 40 MB of memory each."
     )
     pod_monitor: PodMonitor = PodMonitor()
     prometheus_rule: PrometheusRules = PrometheusRules()
     dashboards: Dashboards = Dashboards()
-
-
-class Tracing(Part):
-    """Where spans go."""
-
-    endpoint: str = Field(
-        "",
-        pattern=r"^(https?://\S+)?$",
-        description="URL of a collector of OTLP; empty sends none. `networkPolicy.to` must let it be reached.",
-    )
-    protocol: Literal["grpc", "http/protobuf"] = Field("grpc", description="How OTLP is spoken there.")
-    sampling: Annotated[float, Field(ge=0, le=1)] | None = Field(
-        None, description="Share of the traces that begin here which are kept; null is the platform's default."
-    )
-    slow_ms: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="Requests that take longer are kept whatever the share; null is the platform's default."
-    )
 
 
 class PodDisruptionBudget(Part):
@@ -325,11 +306,7 @@ PlatformSettings = create_model(
     "PlatformSettings",
     __base__=Part,
     __doc__="Settings of the platform, as environment variables `ROUNDHOUSE_*`; one left out takes its own default.",
-    **{
-        name: (field.annotation, field)
-        for name, field in Settings.model_fields.items()
-        if name not in _OWN_SETTINGS | _TRACING_SETTINGS
-    },
+    **{name: (field.annotation, field) for name, field in Settings.model_fields.items() if name not in _OWN_SETTINGS},
 )
 
 
@@ -365,7 +342,6 @@ class Values(Part):
     extra_objects: list[Mapping | str] = Field([], description="Further objects, rendered as templates.")
     network_policy: NetworkPolicy = NetworkPolicy()
     monitoring: Monitoring = Monitoring()
-    tracing: Tracing = Tracing()
     pod_disruption_budget: PodDisruptionBudget = PodDisruptionBudget()
     service_account: ServiceAccount = ServiceAccount()
     crd: Crd = Crd()

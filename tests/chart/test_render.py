@@ -286,7 +286,6 @@ def monitors() -> dict[str, dict[str, Any]]:
 def test_nothing_is_monitored_unless_it_is_asked_for():
     assert not {"PodMonitor", "PrometheusRule"} & {each["kind"] for each in objects("default")}
     assert "node-metrics" not in text("default")
-    assert "TRACING" not in text("default")
 
 
 def test_every_pod_of_ray_tells_its_own_metrics_at_a_port_of_its_own():
@@ -361,18 +360,6 @@ def test_each_dashboard_is_a_configmap_that_grafana_finds():
         assert made["metadata"]["labels"]["grafana_dashboard"] == "1"
         assert made["metadata"]["annotations"] == {"grafana_folder": "Models"}
         assert json.loads(made["data"][path.name]) == json.loads(path.read_text())
-
-
-def test_where_spans_go_reaches_every_pod_of_ray():
-    for pod in pods(objects("monitoring")):
-        if pod.labels.get("roundhouse.dev/ray-node"):
-            told = {key: value for key, value in environment(pod).items() if "TRACING" in key}
-            assert told == {
-                "ROUNDHOUSE_TRACING_ENDPOINT": "http://collector.observability.svc:4318",
-                "ROUNDHOUSE_TRACING_PROTOCOL": "http/protobuf",
-                "ROUNDHOUSE_TRACING_RATIO": "0.05",
-                "ROUNDHOUSE_TRACING_SLOW_MS": "2000",
-            }
 
 
 @pytest.mark.parametrize(
@@ -762,7 +749,6 @@ SMALL = {"name": "a", "task": "forecast", "source": "hf:m/x"}
             {"monitoring": {"enabled": True, "podMonitor": {"enabled": True}}},
             "networkPolicy.metricsFrom is empty, so no Prometheus is let in",
         ),
-        ({"tracing.sampling": 0}, "tracing has sampling or slowMs and tracing.endpoint is empty"),
         ({"gateway.replicas": 3}, "gateway.replicas is 3 and there are 2 workers at most"),
         (
             {"ray.provider": "kuberay", "ray.workerGroups.cpu.maxReplicas": 4, "gateway.replicas": 5},

@@ -62,11 +62,6 @@
 {{- fail "monitoring.podMonitor.enabled is true and networkPolicy.metricsFrom is empty, so no Prometheus is let in; name its namespace there, or turn networkPolicy.enabled off" }}
 {{- end }}
 {{- end }}
-{{- with .Values.tracing }}
-{{- if and (not .endpoint) (or (not (kindIs "invalid" .sampling)) (not (kindIs "invalid" .slowMs))) }}
-{{- fail "tracing has sampling or slowMs and tracing.endpoint is empty, so no span is sent; give it the collector's URL" }}
-{{- end }}
-{{- end }}
 {{- end }}
 
 {{/* Fails where there are no workers, or a group's numbers contradict each other. */}}

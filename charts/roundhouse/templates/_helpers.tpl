@@ -119,20 +119,6 @@ securityContext:
   value: /etc/roundhouse/token/auth_token
 - name: RAY_gcs_rpc_server_reconnect_timeout_s
   value: "600"
-{{- with .Values.tracing }}
-{{- if .endpoint }}
-- name: ROUNDHOUSE_TRACING_ENDPOINT
-  value: {{ .endpoint | quote }}
-- name: ROUNDHOUSE_TRACING_PROTOCOL
-  value: {{ .protocol }}
-{{- range $name, $value := dict "RATIO" .sampling "SLOW_MS" .slowMs }}
-{{- if not (kindIs "invalid" $value) }}
-- name: ROUNDHOUSE_TRACING_{{ $name }}
-  value: {{ include "roundhouse.setting" $value | quote }}
-{{- end }}
-{{- end }}
-{{- end }}
-{{- end }}
 {{- range $name, $value := .Values.settings }}
 - name: ROUNDHOUSE_{{ upper (snakecase $name) }}
   value: {{ include "roundhouse.setting" $value | quote }}

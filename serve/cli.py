@@ -505,7 +505,11 @@ class _Parser(argparse.ArgumentParser):
                 "",
                 *listed(COMMANDS),
                 "",
-                *textwrap.wrap(f"The pods of a cluster run {', '.join(each.name for each in CLUSTER_COMMANDS)}.", 100),
+                *textwrap.wrap(
+                    f"The pods of a cluster run {', '.join(each.name for each in CLUSTER_COMMANDS)}.",
+                    width=100,
+                    break_on_hyphens=False,
+                ),
                 "",
                 f"  roundhouse {'COMMAND --help':<{width}}What one command takes",
                 f"  roundhouse {'--context NAME':<{width}}Before or after a command, ask a cluster of the kubeconfig",

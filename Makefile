@@ -59,7 +59,7 @@ image: ## Build the image of every pod (BASE=image with Python 3.11 to 3.13, IMA
 charts: $(VENV)/.dev ## Write what is generated: the chart's definition, schema and README, the dashboards
 	$(BIN)/python -m charts.generate
 
-pictures: $(VENV)/.dev ## Play ten eventful minutes and photograph the dashboards (wants prometheus, npm, chromium)
+pictures: $(VENV)/.dev ## Play an eventful quarter of an hour and photograph the dashboards (wants prometheus, npm, chromium)
 	$(BIN)/python -m loadtests.observe.pictures $(ARGS)
 
 lock: $(UV) ## Resolve the dependencies again

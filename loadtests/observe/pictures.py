@@ -29,7 +29,7 @@ _INTERVAL_S = 2.0
 def main() -> None:
     """Play, photograph, and say what happened when."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10, help="how long the story takes; default: 10")
+    parser.add_argument("--minutes", type=float, default=15, help="how long the story takes; default: 15")
     options = parser.parse_args()
     page = built(WORK / "page")
     folder = Path(tempfile.mkdtemp(prefix="story-"))

@@ -281,7 +281,7 @@ class Monitoring(Part):
     """What Prometheus and Grafana take."""
 
     enabled: bool = Field(
-        False, description="Whether each of Ray's pods tells its own metrics on port 6386, some 40 MB of memory each."
+        False, description="Whether each of Ray's pods tells its own metrics on port 6386, some 50 MB of memory each."
     )
     pod_monitor: PodMonitor = PodMonitor()
     prometheus_rule: PrometheusRules = PrometheusRules()

@@ -335,13 +335,15 @@ def _metrics_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _metrics(options: argparse.Namespace) -> int:
+    from serve.runtime import nvml
     from serve.settings import Settings
+    from serve.telemetry.devices import Gpus
     from serve.telemetry.endpoint import serve_node
 
     folder = Settings.from_environment().metrics_dir
     if folder is None:
         raise RoundhouseError("ROUNDHOUSE_METRICS_DIR is not set; it names the folder of this node's metrics")
-    serve_node(folder, port=options.port)
+    serve_node(folder, port=options.port, devices=Gpus(nvml.binding).read)
     return OK
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from serve.api.directory import Capacity, ModelStatus
 from serve.autoscaling.kept import NO_COUNTS, Kept
 from serve.telemetry import instruments as named
-from serve.telemetry.devices import Device
+from serve.telemetry.devices import Device, device_samples
 from serve.telemetry.instruments import Sample
 
 
@@ -38,11 +38,7 @@ def samples(models: Sequence[ModelStatus], insight: Insight) -> Iterator[Sample]
     for resource, states in insight.capacity().items():
         for state, amount in states.items():
             yield Sample(named.CLUSTER_CAPACITY, "", (resource, state), amount)
-    for device in insight.devices():
-        if device.utilization is not None:
-            yield Sample(named.DEVICE_UTILIZATION, "", (device.number,), device.utilization)
-        yield Sample(named.DEVICE_MEMORY_USED, "", (device.number,), device.used_bytes)
-        yield Sample(named.DEVICE_MEMORY_SIZE, "", (device.number,), device.size_bytes)
+    yield from device_samples(insight.devices())
 
 
 def _of_model(status: ModelStatus) -> Iterator[Sample]:

@@ -22,7 +22,7 @@ from serve.api.explanation import explanation
 from serve.api.insight import Insight
 from serve.applications import ANSWERING, application_name
 from serve.autoscaling.kept import Kept
-from serve.runtime import decisions, phases
+from serve.runtime import decisions, nvml, phases
 from serve.telemetry.devices import Gpus
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class RayDirectory:
 
     def insight(self) -> Insight:
         """Return what else the platform tells of itself."""
-        return Insight(kept=decisions.read, capacity=lambda: self._known[1], devices=Gpus(_nvml).read)
+        return Insight(kept=decisions.read, capacity=lambda: self._known[1], devices=Gpus(nvml.binding).read)
 
     def _refresh(self) -> None:
         while True:
@@ -59,12 +59,6 @@ class RayDirectory:
                 logger.exception("The state of the models could not be read; what was known stays.")
             self._first.set()
             time.sleep(_REFRESH_S)
-
-
-def _nvml() -> Any:
-    from ray._private.thirdparty import pynvml  # a binding of NVIDIA's library that Ray brings
-
-    return pynvml
 
 
 class _Published:

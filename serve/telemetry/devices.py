@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from serve.telemetry.instruments import DEVICES
+from serve.telemetry import instruments as named
+from serve.telemetry.instruments import DEVICES, Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,3 +74,12 @@ def _utilization(nvml: Any, handle: Any) -> float | None:
         return float(nvml.nvmlDeviceGetUtilizationRates(handle).gpu) / 100
     except nvml.NVMLError:
         return None
+
+
+def device_samples(devices: Sequence[Device]) -> Iterator[Sample]:
+    """Yield what metrics tell of GPUs."""
+    for device in devices:
+        if device.utilization is not None:
+            yield Sample(named.DEVICE_UTILIZATION, "", (device.number,), device.utilization)
+        yield Sample(named.DEVICE_MEMORY_USED, "", (device.number,), device.used_bytes)
+        yield Sample(named.DEVICE_MEMORY_SIZE, "", (device.number,), device.size_bytes)

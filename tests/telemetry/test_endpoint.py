@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from serve.errors import RoundhouseError
+from serve.telemetry.devices import Device
 from serve.telemetry.endpoint import node_server
 from serve.telemetry.metrics import ReplicaMetrics
 from tests.scraping import OPENMETRICS, parse
@@ -18,7 +19,10 @@ from tests.scraping import OPENMETRICS, parse
 
 @pytest.fixture
 def url(tmp_path: Path) -> Iterator[str]:
-    with node_server(tmp_path / "metrics", port=0, host="127.0.0.1") as server:
+    def devices() -> list[Device]:
+        return [Device("0", 10.0, 80.0, None)]
+
+    with node_server(tmp_path / "metrics", port=0, host="127.0.0.1", devices=devices) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
@@ -32,6 +36,13 @@ def test_a_scrape_gets_what_the_nodes_processes_recorded(url: str, tmp_path: Pat
     told = [sample for sample in parse(reply.text) if sample.name == "roundhouse_requests_total" and sample.value]
     assert [(sample.labels["model"], sample.value) for sample in told] == [("a", 1)]
     assert httpx.get(f"{url}/metrics").headers["content-type"].startswith("text/plain")
+
+
+def test_a_scrape_gets_the_gpus_of_the_node(url: str):
+    told = {
+        sample.name: sample.value for sample in parse(httpx.get(f"{url}/metrics", headers={"accept": OPENMETRICS}).text)
+    }
+    assert told == {"roundhouse_device_memory_used_bytes": 10, "roundhouse_device_memory_size_bytes": 80}
 
 
 def test_another_path_says_which_there_is(url: str):

@@ -221,7 +221,7 @@ def _loads() -> list[Panel]:
             "Replicas by phase",
             "What the replica processes say that they do. failed stays until the declaration is mended; its reason is "
             "in `roundhouse status`.",
-            Query(f"sum by (phase) (roundhouse_model_phase{{{_OF}}})", "{{phase}}"),
+            Query(f"sum by (phase) (roundhouse_model_phase{{{_OF}}}) > 0", "{{phase}}"),
             unit="none",
             width=6,
             stacked=True,

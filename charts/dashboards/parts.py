@@ -19,6 +19,7 @@ DATASOURCE = common.DataSourceRef(type_val="prometheus", uid="${datasource}")
 #: What stands in a panel that has no data where there is no GPU; the checks let such panels be empty.
 NO_GPU = "No GPU, no data"
 TAG = "roundhouse"
+_SMALLEST_AXES = {"none": 1, "percentunit": 0.01, "reqps": 1, "ops": 1}
 COLUMNS = 24
 
 #: Outcomes that the caller is not to blame for.
@@ -92,7 +93,7 @@ def series(
         width: Of 24 columns.
         stacked: Whether the series add up.
         steps: Whether a value holds until the next, as a count of replicas does.
-        bars: Whether each value is a bar, as what happened in an interval is.
+        bars: Whether each value is a bar, as what happened in an interval, a minute at least, is.
         most: Upper end of the axis.
         empty: What stands there when there is no data.
         looks: Name of a series -> how it differs.
@@ -116,6 +117,9 @@ def series(
     panel = panel.color_scheme(build.FieldColor().mode(models.FieldColorModeId.PALETTE_CLASSIC))
     for name, look in (looks or {}).items():
         panel = panel.override_by_name(name, look.properties())
+    # A flat zero needs an axis of its own, or it is drawn under a hundred of nothing.
+    panel = panel if unit not in _SMALLEST_AXES else panel.axis_soft_max(_SMALLEST_AXES[unit])
+    panel = panel if not bars else panel.interval("1m")
     panel = panel if most is None else panel.max(most)
     panel = panel if empty is None else panel.no_value(empty)
     return panel.targets([_target(index, query) for index, query in enumerate(queries)])

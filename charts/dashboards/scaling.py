@@ -73,7 +73,7 @@ def _replicas() -> list[Panel]:
             "Phases of the replicas",
             "What the replica processes themselves say that they do. downloading or loading for minutes is a slow "
             "source or large weights; failed says that the model's log holds an error.",
-            Query(f"sum by (phase) (roundhouse_model_phase{{{_OF}}})", "{{phase}}"),
+            Query(f"sum by (phase) (roundhouse_model_phase{{{_OF}}}) > 0", "{{phase}}"),
             unit="none",
             stacked=True,
             steps=True,

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 PICTURES = ROOT / "docs" / "images" / "dashboards"
 WORK = Path(__file__).parents[1] / ".work" / "observe"
 #: Which model a dashboard is shown for; "" is all of them.
-_MODELS = {"scaling": ("ranker",), "model": ("smollm2", "ranker")}
+_MODELS = {"scaling": ("ranker",), "model": ("smollm2",)}
 _WIDTH_PX = 1600
 _INTERVAL_S = 2.0
 

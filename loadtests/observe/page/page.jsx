@@ -147,9 +147,15 @@ function Single({ frames, width, height }) {
   );
 }
 
-function usePanel(panel, view) {
+/** What a panel asks in: it may want steps of a minute at least. */
+function stepped(panel, view) {
+  return panel.interval === '1m' ? { ...view, step: Math.max(60, view.step), interval: '1m' } : view;
+}
+
+function usePanel(panel, whole) {
   const [data, setData] = useState();
   useEffect(() => {
+    const view = stepped(panel, whole);
     const targets = panel.targets || [];
     const ask = async () => {
       const found = await Promise.all(
@@ -160,7 +166,7 @@ function usePanel(panel, view) {
       setData({ frames: configured(frames, panel.fieldConfig || { defaults: {} }), dots: traced.flat() });
     };
     ask().catch((error) => setData({ error: String(error) }));
-  }, [panel, view]);
+  }, [panel, whole]);
   return data;
 }
 

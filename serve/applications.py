@@ -23,7 +23,7 @@ ANSWERING = frozenset({"RUNNING", "UPDATING", "RECOVERING", "PENDING_MIGRATION"}
 _MODEL_PREFIX = "model-"
 _SHORTEST_GRACE_S = 10.0
 
-#: What Ray and Ray Serve read from the environment of every node, beside what differs between machines.
+#: What Ray, Ray Serve and models' libraries read from every node's environment, beside what differs between machines.
 ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -39,6 +39,7 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
     "RAY_DEDUP_LOGS": "0",
+    "VLLM_NO_USAGE_STATS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # A replica raises its own thread count to what its model declares; everything else needs one.
     "OMP_NUM_THREADS": "1",

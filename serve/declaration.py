@@ -296,7 +296,7 @@ def _value(model: Mapping[str, Any], path: str) -> Any:
     """Return what a model declares at a dotted path, or the default."""
     head, _, rest = path.partition(".")
     if not rest:
-        return model[head] if head in model else ModelSpec.model_fields[head].default
+        return model[head] if head in model else ModelSpec.model_fields[head].get_default(call_default_factory=True)
     part = model.get(head, {})
     return part[rest] if rest in part else getattr(ModelSpec.model_fields[head].default, rest)
 

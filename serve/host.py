@@ -143,8 +143,9 @@ class Host:
 
     @property
     def is_alive(self) -> bool:
-        """Return whether what a loaded model is asked still reaches it."""
-        return self._thread.is_alive() and self._preparer.is_alive()
+        """Return whether a loaded model is still asked and can still answer."""
+        threads_run = self._thread.is_alive() and self._preparer.is_alive()
+        return threads_run and not getattr(self._model, "broken", False)
 
     @property
     def streams(self) -> bool:
@@ -243,6 +244,7 @@ class Host:
             max_batch_size=self.spec.batching.max_batch_size,
             cache_dir=self._settings.cache_dir,
             progress=progress,
+            gpus=self.spec.resources.gpus,
         )
         self._model.load(context)
 

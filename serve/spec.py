@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from operator import attrgetter
@@ -228,10 +228,27 @@ class EmbeddingOptions(Strict):
 class GenerationOptions(Strict):
     """Options of `text-generation`."""
 
+    engine: Literal["roundhouse", "vllm"] = Field(
+        default="roundhouse", description="What computes the answers; `vllm` wants a GPU, and vLLM installed."
+    )
     slots: int = Field(default=8, ge=1, le=1024, description="Streams that are computed together.")
     context_tokens: int = Field(default=2048, ge=16, description="Prompt and answer of one stream together.")
     chat_template: str | None = Field(default=None, description="A Jinja template in place of the model's own.")
     default_max_tokens: int = Field(default=256, ge=1, description="Length of an answer whose request does not say.")
+    quantization: Literal["fp8_per_tensor", "fp8_per_channel", "fp8_per_block"] | None = Field(
+        default=None,
+        description="With `engine: vllm`: make weights smaller as they load; none leaves them as they are.",
+    )
+    kv_cache_dtype: Literal["fp8_e4m3", "fp8_e5m2"] | None = Field(
+        default=None, description="With `engine: vllm`: type of the cache; none takes that of the weights."
+    )
+    enable_prefix_caching: bool | None = Field(
+        default=None,
+        description="With `engine: vllm`: read the same beginning of prompts once; none is vLLM's default.",
+    )
+    enforce_eager: bool | None = Field(
+        default=None, description="With `engine: vllm`: start sooner and answer slower, without compiled graphs."
+    )
 
 
 class ClassificationOptions(Strict):
@@ -268,6 +285,9 @@ class PythonOptions(Strict):
     class_name: str = Field(alias="class", description="The class in the source's file.")
     arguments: dict[str, JsonValue] = Field(default_factory=dict, description="Keyword arguments of the class.")
 
+
+#: Options of `text-generation` that its own engine does not read.
+VLLM_OPTIONS = ("quantization", "kv_cache_dtype", "enable_prefix_caching", "enforce_eager")
 
 OPTIONS: dict[str, type[Strict]] = {
     "text-embedding": EmbeddingOptions,
@@ -327,6 +347,25 @@ def _gpu_is_used(device: str, gpus: float) -> str | None:
     return f"{gpus:g} is reserved and device is cpu; leave one of them out" if device == "cpu" and gpus else None
 
 
+def _vllm_has_gpu(task: str, options: Mapping[str, Any], device: str, gpus: float) -> str | None:
+    if task != "text-generation" or options.get("engine") != "vllm":
+        return None
+    if device == "cpu":
+        return "vllm computes on a GPU and device is cpu; leave device out and give resources.gpus 1 or a fraction"
+    if not 0 < gpus <= 1:
+        return f"vllm computes on one GPU and resources.gpus is {gpus:g}; give it 1 or a fraction"
+    return None
+
+
+def _read_by_vllm(option: str) -> Callable[[str, Mapping[str, Any]], str | None]:
+    def broken(task: str, options: Mapping[str, Any]) -> str | None:
+        given = task == "text-generation" and options.get(option) is not None
+        own = options.get("engine", "roundhouse") == "roundhouse"
+        return "is read by engine: vllm alone; set that, or leave this out" if given and own else None
+
+    return broken
+
+
 def _https_is_pinned(source: str, pinned: bool) -> str | None:
     return (
         "an https: source takes sha256, that of the file" if source_scheme(source) == "https" and not pinned else None
@@ -348,6 +387,8 @@ RULES = (
     Rule("objectives.latency_ms", ("objectives.latency_ms", "deadline_ms"), _latency_before_deadline),
     Rule("device", ("device", "resources.gpus"), _cuda_has_gpu),
     Rule("resources.gpus", ("device", "resources.gpus"), _gpu_is_used),
+    Rule("options.engine", ("task", "options", "device", "resources.gpus"), _vllm_has_gpu),
+    *(Rule(f"options.{option}", ("task", "options"), _read_by_vllm(option)) for option in VLLM_OPTIONS),
     Rule("source", ("source",), _https_is_pinned, given=("sha256",)),
     Rule("sha256", ("source",), _sha256_has_file, given=("sha256",)),
     Rule("revision", ("source",), _revision_has_hub, given=("revision",)),

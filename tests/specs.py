@@ -32,6 +32,10 @@ TASK_OPTIONS = {
     "voice-activity": some(threshold=st.floats(0.01, 0.99), max_audio_s=st.floats(0.1, 1e6)),
     "python": st.fixed_dictionaries({"class": texts, "arguments": st.dictionaries(texts, json_values, max_size=3)}),
 }
+VLLM_OPTIONS = st.fixed_dictionaries(
+    {"engine": st.just("vllm")},
+    optional={"slots": st.integers(1, 64), "enforce_eager": st.none() | st.booleans(), "quantization": st.none()},
+)
 
 
 @st.composite
@@ -41,13 +45,14 @@ def model_specs(draw: st.DrawFn) -> ModelSpec:
     scheme = draw(st.sampled_from(["package", "hf", "s3", "https"]))
     replicas = sorted(draw(st.lists(st.integers(1, 1000), min_size=2, max_size=2)))
     device, gpus = draw(st.sampled_from([("auto", 0), ("auto", 0.5), ("cpu", 0.0), ("cuda", 2)]))
+    takes_vllm = task == "text-generation" and 0 < gpus <= 1
     fields: dict[str, Any] = {
         "name": draw(names),
         "task": task,
         "source": {"package": "package:a.b/c", "hf": "hf:o/n", "s3": "s3://b/p", "https": "https://h/f"}[scheme],
         "device": device,
         "description": draw(texts),
-        "options": draw(TASK_OPTIONS[task]),
+        "options": draw(TASK_OPTIONS[task] | VLLM_OPTIONS if takes_vllm else TASK_OPTIONS[task]),
         "scaling": {"min_replicas": replicas[0], "max_replicas": replicas[1]},
         "resources": {"gpus": gpus} | draw(some(memory=st.none() | st.integers(1, 2**60), cpus=st.floats(0.01, 1024))),
         "batching": draw(some(max_batch_size=st.integers(1, 1024), max_wait_ms=st.floats(0, 60_000))),

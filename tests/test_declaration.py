@@ -119,6 +119,38 @@ def test_one_wrong_line_is_one_problem(line: str, path: str, message: str, sugge
 
 
 @pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        (
+            ["options: {engine: vllm}"],
+            "5:23: models[0].options.engine: vllm computes on one GPU and resources.gpus is 0",
+        ),
+        (
+            ["device: cpu", "options: {engine: vllm}"],
+            "6:23: models[0].options.engine: vllm computes on a GPU and device is cpu; leave device out",
+        ),
+        (
+            ["resources: {gpus: 2}", "options: {engine: vllm}"],
+            "6:23: models[0].options.engine: vllm computes on one GPU and resources.gpus is 2; give it 1 or a fraction",
+        ),
+        (
+            ["options: {slots: 4, quantization: fp8_per_block}"],
+            "5:39: models[0].options.quantization: is read by engine: vllm alone; set that, or leave this out",
+        ),
+        (
+            ["options: {engine: vlm, enforce_eager: true}"],
+            "5:23: models[0].options.engine: 'vlm' is not one of roundhouse, vllm; did you mean vllm?",
+        ),
+        (["resources: {gpus: 1}", "options: {engine: vllm, tensor_parallel_size: 2}"], "6:29: models[0].options.tens"),
+    ],
+)
+def test_an_engine_says_what_it_wants(lines: list[str], told: str):
+    text = HEAD.replace("embedding", "generation") + "".join(f"    {line}\n" for line in lines)
+    (found,) = said(text)
+    assert found.startswith(f"models.yaml:{told}")
+
+
+@pytest.mark.parametrize(
     ("source", "message", "suggestion"),
     [
         ("minilm", "does not begin with one of package:, file:", None),

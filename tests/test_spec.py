@@ -19,6 +19,8 @@ from serve.spec import OPTIONS, ModelSpec, PlatformSpec, parse_quantity, render_
 from tests.specs import model_specs
 
 MINIMAL = {"name": "minilm", "task": "text-embedding", "source": "package:minilm"}
+GENERATION: dict[str, Any] = {"task": "text-generation"}
+VLLM = GENERATION | {"options": {"engine": "vllm"}, "resources": {"gpus": 1}}
 
 
 def spec_of(**changes: Any) -> ModelSpec:
@@ -97,6 +99,16 @@ def test_another_source_is_refused(source: str):
         ({"objectives": {"latency": 100}}, "Extra inputs"),
         ({"device": "cuda"}, "device: cuda takes a GPU"),
         ({"device": "cpu", "resources": {"gpus": 1}}, "resources.gpus: 1 is reserved"),
+        (
+            GENERATION | {"options": {"engine": "vllm"}},
+            "options.engine: vllm computes on one GPU and resources.gpus is 0",
+        ),
+        (VLLM | {"resources": {"gpus": 2}}, "options.engine: vllm computes on one GPU and resources.gpus is 2"),
+        (VLLM | {"device": "cpu"}, "options.engine: vllm computes on a GPU and device is cpu; leave device out"),
+        (VLLM | {"options": {"engine": "vlm"}}, "engine: Input should be 'roundhouse' or 'vllm'"),
+        (VLLM | {"options": {"engine": "vllm", "tensor_parallel_size": 2}}, "tensor_parallel_size: Extra inputs"),
+        (VLLM | {"options": {"engine": "vllm", "kv_cache_dtype": "int3"}}, "kv_cache_dtype: Input should be"),
+        (GENERATION | {"options": {"enforce_eager": False}}, "options.enforce_eager: is read by engine: vllm alone"),
         ({"source": "https://host/x"}, "source: an https: source takes sha256"),
         ({"sha256": "0" * 64}, "sha256: only an https:"),
         ({"revision": "main"}, "revision: only an hf:"),
@@ -122,6 +134,7 @@ def test_fields_that_belong_together_are_accepted_together():
     spec_of(source="https://host/x.tar", sha256="0" * 64)
     spec_of(source="hf:org/name", revision="main")
     spec_of(device="cuda", resources={"gpus": 0.25})
+    spec_of(**VLLM | {"device": "cuda", "resources": {"gpus": 0.25}})
     spec_of(batching={"max_batch_size": 8, "max_queue": 8, "max_batch_cost": 100})
     spec_of(scaling={"min_replicas": 2, "max_replicas": 2})
 

@@ -6,7 +6,16 @@ import json
 from typing import Any
 
 from serve.schema import json_schema
-from serve.spec import COSTED_TASKS, NAME_PATTERN, OPTIONS, QUANTITY_PATTERN, RULES, ModelSpec, parse_quantity
+from serve.spec import (
+    COSTED_TASKS,
+    NAME_PATTERN,
+    OPTIONS,
+    QUANTITY_PATTERN,
+    RULES,
+    VLLM_OPTIONS,
+    ModelSpec,
+    parse_quantity,
+)
 
 GROUP = "roundhouse.dev"
 VERSION = "v1alpha1"
@@ -207,6 +216,7 @@ def _counterparts() -> dict[str, tuple[str, str]]:
     latency, deadline = "objectives.latency_ms", _value("deadline_ms")
     device, gpus = _value("device"), _value("resources.gpus")
     costed = ", ".join(map(_cel, sorted(COSTED_TASKS)))
+    vllm = f"({_given('options.engine')} && self.options.engine == 'vllm')"
     return {
         "scaling.max_replicas": (f"{most} >= {least}", "scaling.max_replicas is below scaling.min_replicas"),
         "batching.max_batch_size": (
@@ -229,6 +239,17 @@ def _counterparts() -> dict[str, tuple[str, str]]:
             f"{device} != 'cpu' || {gpus} == 0.0",
             "resources.gpus reserves a GPU and device is cpu; leave one out",
         ),
+        "options.engine": (
+            f"{device} != 'cpu' && {gpus} > 0.0 && {gpus} <= 1.0 || !{vllm}",
+            "options.engine vllm computes on one GPU; give resources.gpus 1 or a fraction, and leave device out",
+        ),
+        **{
+            f"options.{option}": (
+                f"!{_given(f'options.{option}')} || {vllm}",
+                f"options.{option} is read by options.engine vllm alone; set that, or leave this out",
+            )
+            for option in VLLM_OPTIONS
+        },
         "source": (
             "!self.source.startsWith('https:') || has(self.sha256)",
             "an https: source takes sha256, that of the file",

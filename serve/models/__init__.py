@@ -18,13 +18,21 @@ TASKS = {
     "python": "serve.models.python_class:PythonClass",
 }
 
+#: Value of a task's option `engine` -> what takes the place of the task's own class.
+ENGINES = {"vllm": "serve.models.vllm_engine:VllmGeneration"}
 
-def module_of(task: str) -> str:
-    """Return the module that a task's models are in."""
-    return TASKS[task].partition(":")[0]
+
+def module_of(spec: ModelSpec) -> str:
+    """Return the module that a model's class is in."""
+    return _place(spec)[0]
 
 
 def build(spec: ModelSpec) -> Any:
     """Return the unloaded model (a `Model` or a `SteppedModel`) of a spec's task."""
-    module, _, name = TASKS[spec.task].partition(":")
+    module, name = _place(spec)
     return getattr(import_module(module), name)()
+
+
+def _place(spec: ModelSpec) -> tuple[str, str]:
+    module, _, name = ENGINES.get(spec.options.get("engine", ""), TASKS[spec.task]).partition(":")
+    return module, name

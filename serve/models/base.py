@@ -119,6 +119,7 @@ class LoadContext:
         cache_dir: For what is converted once: `serve.cache.build_once(cache_dir, key, build)`.
         progress: Called with (what, done, total), total 0 where unknown.
         file: The single file that the source names, where it names one.
+        gpus: GPUs that are reserved for the model; below 1, its share of one.
     """
 
     folder: Path
@@ -130,6 +131,7 @@ class LoadContext:
     cache_dir: Path
     progress: Callable[[str, int, int], None]
     file: Path | None = None
+    gpus: float = 0.0
 
 
 @runtime_checkable
@@ -176,7 +178,11 @@ class Step:
 
 @runtime_checkable
 class SteppedModel(Protocol):
-    """A model that computes many streams together, a step at a time (continuous batching); all calls on one thread."""
+    """A model that computes many streams together, a step at a time (continuous batching); all calls on one thread.
+
+    It may add `close()` as `Model` may, and `broken: bool`, true once it can answer nothing more: its replica is then
+    replaced.
+    """
 
     signature: Signature
     slots: int

@@ -43,12 +43,17 @@ class SamplingSettings:
     seed: int | None = None
     stop: tuple[str, ...] = ()
 
+    @property
+    def greedy(self) -> bool:
+        """Whether each token is the likeliest."""
+        return self.temperature < _LOWEST_TEMPERATURE
+
 
 class Sampler:
     """Draws the tokens of one stream with a generator of its own, so that its neighbours do not change them."""
 
     def __init__(self, settings: SamplingSettings) -> None:
-        self.greedy = settings.temperature < _LOWEST_TEMPERATURE
+        self.greedy = settings.greedy
         self._temperature, self._top_p = settings.temperature, settings.top_p
         self._generator = torch.Generator()
         if settings.seed is None:

@@ -5,75 +5,40 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from tokenizers import Tokenizer
 
-from serve.errors import InvalidInput, LoadError, PredictionFailed, UnsupportedParameter
-from serve.models.base import Item, LoadContext, Signature, Step, TensorSpec
-from serve.models.chat import read_messages, read_template, tokenise
+from serve.errors import LoadError, PredictionFailed
+from serve.models.base import Item, LoadContext, Step
+from serve.models.chat import read_template
 from serve.models.devices import use_threads
-from serve.models.gguf_weights import convert_gguf
 from serve.models.llama import Llama, Piece
-from serve.models.sampling import IncrementalDecoder, Sampler, SamplingSettings, StopStrings
+from serve.models.sampling import IncrementalDecoder, Sampler, StopStrings
+from serve.models.text_requests import SIGNATURE, Prepared, TextRequests, model_folder, read_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from serve.models.chat import ChatTemplate
 
 #: Prompt tokens that one step reads: while nobody else waits for a token, and while somebody does. The second bounds
 #: what a long prompt adds to its neighbours' time between tokens.
 _PIECE = {"cpu": (256, 64), "cuda": (2048, 512)}
 
-_MAX_STOPS = 16
-_MAX_STOP_CHARACTERS = 256
-
-_PARAMETERS = {
-    "max_tokens": "Tokens of the answer at most; an integer from 1.",
-    "temperature": "0 (default) takes the likeliest token each time; up to 2 for more variety.",
-    "top_p": "Draw among the likeliest tokens that together reach this probability; above 0, up to 1 (default).",
-    "seed": "An integer from 0 to 2^63 - 1; the same seed draws the same tokens.",
-    "stop": f"Texts that end the answer and are not part of it; a list of at most {_MAX_STOPS} strings.",
-}
-
-_SIGNATURE = Signature(
-    inputs=(TensorSpec("prompt", "BYTES", (-1,), "Text to go on from; special tokens written in it are special"),),
-    outputs=(
-        TensorSpec("text", "BYTES", (-1,), "The text that follows"),
-        TensorSpec("finish_reason", "BYTES", (-1,), "stop: the answer ended; length: max_tokens or the context did"),
-        TensorSpec("prompt_tokens", "INT32", (-1,), "Tokens of the prompt"),
-        TensorSpec("completion_tokens", "INT32", (-1,), "Tokens of the text"),
-    ),
-    parameters=_PARAMETERS,
-    example={"prompt": b"The capital of France is", "parameters": {"max_tokens": 8}},
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A request that is ready for a slot."""
-
-    prompt: tuple[int, ...]
-    settings: SamplingSettings
-
 
 class _Stream:
     """One request in its slot; it is `reading` until the cache holds all its tokens but the one to decode next."""
 
-    def __init__(self, key: int, slot: int, prepared: Prepared, decoder: IncrementalDecoder, limit: int) -> None:
+    def __init__(self, key: int, slot: int, prepared: Prepared, decoder: IncrementalDecoder) -> None:
         self.key, self.slot = key, slot
         self.tokens = list(prepared.prompt)
         self.reading = True
         self.cached = 0  # tokens in the cache
         self.overflowed = False  # the cache may hold what is no number
         self.sampler = Sampler(prepared.settings)
-        self._prompt_tokens, self._limit = len(prepared.prompt), len(prepared.prompt) + limit
+        self._prompt_tokens = len(prepared.prompt)
+        self._limit = len(prepared.prompt) + prepared.settings.max_tokens
         self._decoder, self._stops = decoder, StopStrings(prepared.settings.stop)
 
     def take(self, token: int, *, ends: bool) -> Step:
@@ -110,7 +75,7 @@ class TextGeneration:
     In a prompt, special tokens are special, as the model's own tokenizer has it; in messages they are plain text.
     """
 
-    signature = _SIGNATURE
+    signature = SIGNATURE
     slots = 0
 
     def load(self, context: LoadContext) -> None:
@@ -121,12 +86,10 @@ class TextGeneration:
         """
         use_threads(context.threads)
         options = context.options
-        folder = _model_folder(context)
-        self.slots, self._context_tokens = options.slots, options.context_tokens
-        self._room = options.context_tokens - 1  # for a prompt and the first token of its answer
-        self._default_max_tokens = options.default_max_tokens
-        self._tokenizer = _read_tokenizer(folder)
-        self._chat: ChatTemplate | None = read_template(folder, self._tokenizer, options.chat_template)
+        folder = model_folder(context)
+        self.slots = options.slots
+        self._tokenizer = read_tokenizer(folder)
+        chat = read_template(folder, self._tokenizer, options.chat_template)
         self._llama = Llama(
             folder,
             device=context.device,
@@ -134,6 +97,13 @@ class TextGeneration:
             slots=options.slots,
             context_tokens=options.context_tokens,
             progress=context.progress,
+        )
+        self._requests = TextRequests(
+            self._tokenizer,
+            chat,
+            vocab_size=self._llama.config.vocab_size,
+            context_tokens=options.context_tokens,
+            default_max_tokens=options.default_max_tokens,
         )
         self._end = self._llama.config.eos_token_ids | _generation_ends(folder)
         self._piece = _PIECE[context.device]
@@ -148,55 +118,14 @@ class TextGeneration:
             UnsupportedParameter: A parameter that this model does not read.
             InvalidInput: Anything else that is wrong, with its place.
         """
-        for key in item:
-            if key not in ("prompt", "messages", "parameters"):
-                raise InvalidInput("is not an input of text-generation; it takes prompt or messages", place=str(key))
-        if ("prompt" in item) == ("messages" in item):
-            raise InvalidInput("give either prompt or messages", place="prompt")
-        settings = read_settings(item.get("parameters", {}), default_max_tokens=self._default_max_tokens)
-        place = "prompt" if "prompt" in item else "messages"
-        tokens = self._encode_prompt(item) if place == "prompt" else self._encode_chat(item)
-        if not tokens:
-            raise InvalidInput("is empty; text generation needs at least one token", place=place)
-        if len(tokens) > self._room:
-            raise InvalidInput(
-                f"has at least {len(tokens)} tokens; the context of {self._context_tokens} tokens leaves room for "
-                f"{self._room} and an answer",
-                place=place,
-            )
-        # The tokenizer of a fine-tune may have tokens that were never given a row; one would fail its whole batch.
-        if max(tokens) >= (size := self._llama.config.vocab_size):
-            text = self._tokenizer.id_to_token(max(tokens))
-            raise InvalidInput(
-                f"holds token {max(tokens)} ({text!r}), which is outside the model's vocabulary of {size} tokens; "
-                "leave it out",
-                place=place,
-            )
-        return Prepared(tuple(tokens), settings)
-
-    def _encode_prompt(self, item: Item) -> list[int]:
-        prompt = item["prompt"]
-        if not isinstance(prompt, bytes | str):
-            raise InvalidInput(f"must be text, got {type(prompt).__name__}", place="prompt")
-        try:
-            text = prompt.decode() if isinstance(prompt, bytes) else prompt.encode().decode()
-        except UnicodeError as error:
-            raise InvalidInput(f"is not UTF-8 text: {error}", place="prompt") from error
-        return tokenise(self._tokenizer, text, room=self._room)
-
-    def _encode_chat(self, item: Item) -> list[int]:
-        messages = read_messages(item["messages"])
-        if self._chat is None:
-            raise InvalidInput("this model has no chat template; send a prompt", place="messages")
-        return self._chat.encode(messages, room=self._room)
+        return self._requests.read(item)
 
     def admit(self, prepared: Prepared) -> int:
         """Take a stream into a free slot and return its key; its prompt is read by `step`."""
         slot = min(self._free)
         self._free.remove(slot)
         key = next(self._keys)
-        limit = min(prepared.settings.max_tokens, self._context_tokens - len(prepared.prompt))
-        self._streams[key] = _Stream(key, slot, prepared, IncrementalDecoder(self._tokenizer), limit)
+        self._streams[key] = _Stream(key, slot, prepared, IncrementalDecoder(self._tokenizer))
         return key
 
     def release(self, key: int) -> None:
@@ -283,75 +212,6 @@ def share_room(left: Sequence[int], room: int) -> list[int]:
         shares[index] += more
         room -= more
     return shares
-
-
-def read_settings(parameters: Any, *, default_max_tokens: int) -> SamplingSettings:
-    """Check a request's parameters.
-
-    Raises:
-        UnsupportedParameter: An unknown one.
-        InvalidInput: A value of the wrong type or out of its range.
-    """
-    if not isinstance(parameters, Mapping):
-        raise InvalidInput(f"must be an object, got {type(parameters).__name__}", place="parameters")
-    for name in parameters:
-        if name not in _PARAMETERS:
-            raise UnsupportedParameter(
-                f"is not supported by this model; supported: {', '.join(_PARAMETERS)}", place=f"parameters.{name}"
-            )
-
-    def number(name: str, kind: type, fits: Callable[[Any], bool], wanted: str, default: Any) -> Any:
-        if name not in parameters:
-            return default
-        value = parameters[name]
-        accepted = (int, float) if kind is float else kind
-        if isinstance(value, accepted) and not isinstance(value, bool) and fits(value):
-            return value
-        raise InvalidInput(f"must be {wanted}, got {value!r}", place=f"parameters.{name}")
-
-    return SamplingSettings(
-        max_tokens=number("max_tokens", int, lambda v: 1 <= v <= sys.maxsize, "an integer from 1", default_max_tokens),
-        temperature=number("temperature", float, lambda v: 0 <= v <= 2, "a number from 0 to 2", 0.0),
-        top_p=number("top_p", float, lambda v: 0 < v <= 1, "a number above 0, up to 1", 1.0),
-        seed=number("seed", int, lambda v: 0 <= v < 2**63, "an integer from 0 to 2^63 - 1", None),
-        stop=_read_stop(parameters.get("stop", [])),
-    )
-
-
-def _read_stop(stop: object) -> tuple[str, ...]:
-    if not isinstance(stop, list | tuple) or len(stop) > _MAX_STOPS:
-        raise InvalidInput(f"must be a list of at most {_MAX_STOPS} strings, got {stop!r:.80}", place="parameters.stop")
-    for index, text in enumerate(stop):
-        if not isinstance(text, str) or not 1 <= len(text) <= _MAX_STOP_CHARACTERS:
-            raise InvalidInput(
-                f"must be a string of 1 to {_MAX_STOP_CHARACTERS} characters, got {text!r:.80}",
-                place=f"parameters.stop[{index}]",
-            )
-    return tuple(stop)
-
-
-def _model_folder(context: LoadContext) -> Path:
-    """Return the folder in the Hugging Face layout, converted where the source is a GGUF file."""
-    if (context.folder / "config.json").is_file():
-        return context.folder
-    files = sorted(context.folder.glob("*.gguf"))
-    if len(files) == 1:
-        return convert_gguf(files[0], context.cache_dir, context.progress)
-    found = ", ".join(file.name for file in files) or "neither"
-    raise LoadError(f"{context.folder} must hold one GGUF file, or config.json and safetensors; found {found}")
-
-
-def _read_tokenizer(folder: Path) -> Tokenizer:
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise LoadError(f"{folder} lacks tokenizer.json")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise LoadError(f"tokenizer.json is not readable: {error}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def _generation_ends(folder: Path) -> frozenset[int]:

@@ -138,7 +138,7 @@ class Platform:
         os.environ.update(self._settings.replaced(metrics_dir=metrics_dir).as_environment())
         os.environ.update(ray_environment(self._folder, ports=_free_ports(5), hard_stop_s=_drain_s(specs)))
         if _CAN_FORK:
-            modules = dict.fromkeys(module_of(spec.task) for spec in specs)
+            modules = dict.fromkeys(map(module_of, specs))
             fork_server.start(self._folder, modules=[*modules, *exporter_modules(self._settings)])
         self._say("starting Ray")
         self._start_ray()

@@ -87,9 +87,9 @@ class ModelReplica:
         return self._app
 
     async def check_health(self) -> None:
-        """Fail where the model's thread is gone, so that Ray replaces the replica."""
+        """Fail where the model can answer nothing more, so that Ray replaces the replica."""
         if not self._host.is_alive:
-            raise RuntimeError(f"the thread of model {self._spec.name} is gone")
+            raise RuntimeError(f"model {self._spec.name} can answer nothing more: its thread or its engine is gone")
 
     async def __del__(self) -> None:
         if hasattr(self, "_host"):

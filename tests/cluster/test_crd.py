@@ -22,6 +22,13 @@ from serve.spec import OPTIONS, RULES, ModelSpec, Rule, Task
 FORBIDDEN = {"$ref", "$defs", "anyOf", "oneOf", "const", "default", "additionalProperties"}
 OPTIONS_OF = {"python": {"class": "M"}}
 
+VLLM_ALONE: list[dict[str, Any]] = [
+    {"quantization": "fp8_per_block"},
+    {"kv_cache_dtype": "fp8_e4m3"},
+    {"enable_prefix_caching": False},
+    {"enforce_eager": True},
+]
+
 #: Field -> values that between them break every rule that reads it; None is left out.
 VALUES: dict[str, list[Any]] = {
     "task": list(get_args(Task)),
@@ -37,6 +44,12 @@ VALUES: dict[str, list[Any]] = {
     "batching.max_batch_cost": [None, 1],
     "objectives.latency_ms": [None, 100.0, 70_000.0],
     "deadline_ms": [None, 50.0, 80_000.0],
+    "options": [
+        None,
+        {"engine": "roundhouse"},
+        *({"engine": "vllm"} | more for more in ({}, *VLLM_ALONE)),
+        *VLLM_ALONE,
+    ],
 }
 
 
@@ -94,7 +107,8 @@ def declared(fields: Mapping[str, Any]) -> dict[str, Any]:
             for step in parents:
                 part = part.setdefault(step, {})
             part[last] = value
-    return model | {"options": OPTIONS_OF.get(model["task"], {})}
+    given = model.get("options", {}) if model["task"] == "text-generation" else OPTIONS_OF.get(model["task"], {})
+    return model | {"options": given}
 
 
 def broken(fields: Mapping[str, Any]) -> list[Rule]:

@@ -1,3 +1,5 @@
+"""What the batcher promises, on fake time and for traffic of any kind."""
+
 from __future__ import annotations
 
 import asyncio
@@ -681,6 +683,26 @@ def test_items_that_one_call_of_prepare_leaves_keep_their_order() -> None:
         gate.open()
         assert await asyncio.gather(*futures) == list("abcdef")
         assert [item for call in gate.calls for item in call] == list("abcdef")
+
+    run(story())
+
+
+def test_no_more_is_prepared_than_two_batches_beyond_the_one_that_runs() -> None:
+    async def story() -> None:
+        gate, prepared = Gate(), []
+
+        async def prepare(batch: Sequence[Any]) -> list[int]:
+            prepared.append(batch[0])
+            return [1]
+
+        batcher = batcher_of(gate, max_batch_size=1, prepare=prepare)
+        futures = [batcher.submit(item) for item in range(50)]
+        await turns(200)
+        assert len(prepared) == 3
+        while gate.pending:
+            gate.open()
+            await turns(20)
+        assert await asyncio.gather(*futures) == list(range(50))
 
     run(story())
 

@@ -106,12 +106,15 @@ async def live(day: Day) -> Record:
     record = Record(day, [], [])
     prepared: set[int] = set()
 
-    async def model(batch: Sequence[Life]) -> list[Any]:
+    def model(batch: Sequence[Life]) -> Awaitable[list[Any]]:
         again = any(item.runs for item in batch)
         current = Run(loop.time(), math.inf, [item.number for item in batch], again)
         for item in batch:
             item.runs.append(len(record.runs))
         record.runs.append(current)
+        return compute(batch, current)
+
+    async def compute(batch: Sequence[Life], current: Run) -> list[Any]:
         await asyncio.sleep(day.batch_s + day.item_s * len(batch))
         current.end = loop.time()
         if any(item.arrival.fate == "poison" for item in batch):

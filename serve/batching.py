@@ -501,7 +501,7 @@ class Batcher(Generic[T, R]):
         self._turn_is_due = False
         if self._running is None and not self._start_unprepared():
             self._start_batch()
-        ahead = len(self._ready) < self._window_size + _PREPARE_AT_ONCE  # prepared items are large
+        ahead = len(self._ready) < self._window_size + self._max_batch_size  # prepared items are large
         if self._prepare is not None and self._unprepared and self._preparing is None and ahead:
             self._start_preparing(self._prepare)
         self._settle()

@@ -84,7 +84,7 @@ class ModelNotFound(RoundhouseError):
 
     def __init__(self, name: str, *, near: Sequence[str] = ()) -> None:
         hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
-        super().__init__(f"model {name!r} is not declared{hint}")
+        super().__init__(f"model {name!r:.100} is not declared{hint}")
         self.name = name
         self.near = tuple(near)
 

@@ -263,6 +263,8 @@ class Host:
     def _predict_examples(self, example: Item, size: int) -> list[Exception]:
         prepare = getattr(self._model, "prepare", None)
         results = self._predict([prepare(example) if prepare else example for _ in range(size)])
+        if len(results) != size:
+            return [PredictionFailed(f"predict returned {len(results)} results for {size} items")]
         return [result for result in results if isinstance(result, Exception)]
 
     def _step_examples(self, example: Item, size: int) -> list[Exception]:

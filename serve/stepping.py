@@ -116,7 +116,7 @@ def _fail(future: asyncio.Future[Any], error: BaseException) -> None:
     if not future.done():
         # A future does not take StopIteration, and SystemExit would end the event loop.
         takes = isinstance(error, Exception) and not isinstance(error, StopIteration)
-        future.set_exception(error if takes else RuntimeError(f"{type(error).__name__}: {error}"))
+        future.set_exception(error if takes else failure(error))
 
 
 class Generators:

@@ -1,3 +1,5 @@
+"""What the batcher promises, on fake time and for traffic of any kind."""
+
 from __future__ import annotations
 
 import asyncio
@@ -104,12 +106,15 @@ async def live(day: Day) -> Record:
     record = Record(day, [], [])
     prepared: set[int] = set()
 
-    async def model(batch: Sequence[Life]) -> list[Any]:
+    def model(batch: Sequence[Life]) -> Awaitable[list[Any]]:
         again = any(item.runs for item in batch)
         current = Run(loop.time(), math.inf, [item.number for item in batch], again)
         for item in batch:
             item.runs.append(len(record.runs))
         record.runs.append(current)
+        return compute(batch, current)
+
+    async def compute(batch: Sequence[Life], current: Run) -> list[Any]:
         await asyncio.sleep(day.batch_s + day.item_s * len(batch))
         current.end = loop.time()
         if any(item.arrival.fate == "poison" for item in batch):
@@ -681,6 +686,26 @@ def test_items_that_one_call_of_prepare_leaves_keep_their_order() -> None:
         gate.open()
         assert await asyncio.gather(*futures) == list("abcdef")
         assert [item for call in gate.calls for item in call] == list("abcdef")
+
+    run(story())
+
+
+def test_no_more_is_prepared_than_two_batches_beyond_the_one_that_runs() -> None:
+    async def story() -> None:
+        gate, prepared = Gate(), []
+
+        async def prepare(batch: Sequence[Any]) -> list[int]:
+            prepared.append(batch[0])
+            return [1]
+
+        batcher = batcher_of(gate, max_batch_size=1, prepare=prepare)
+        futures = [batcher.submit(item) for item in range(50)]
+        await turns(200)
+        assert len(prepared) == 3
+        while gate.pending:
+            gate.open()
+            await turns(20)
+        assert await asyncio.gather(*futures) == list(range(50))
 
     run(story())
 

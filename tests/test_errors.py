@@ -35,6 +35,7 @@ def test_a_model_that_is_not_declared_names_the_near_ones():
         "model 'minlm' is not declared; did you mean 'minilm' or 'mini'?"
     )
     assert str(ModelNotFound("x")) == "model 'x' is not declared"
+    assert len(str(ModelNotFound("x" * 10**6))) < 200, "what was sent does not come back whole"
 
 
 def test_errors_that_pass_say_when_to_ask_again():

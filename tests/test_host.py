@@ -1,3 +1,5 @@
+"""A hosted model loads, answers, refuses and ends, with nothing around it."""
+
 from __future__ import annotations
 
 import asyncio
@@ -128,6 +130,7 @@ async def test_source_is_fetched_and_the_model_gets_its_folder_and_file(
         ({"load": lambda self, context: 1 / 0}, "ZeroDivisionError"),
         ({"predict": lambda self, batch: [ValueError("no")] * len(batch)}, "its own example: ValueError: no"),
         ({"predict": lambda self, batch: None}, "predict returned NoneType"),
+        ({"predict": lambda self, batch: []}, "predict returned 0 results for 1 items"),
     ],
 )
 async def test_model_that_does_not_load_or_warm_up_fails_the_load(broken: dict[str, Any], message: str) -> None:
@@ -288,7 +291,7 @@ async def test_wrong_count_beside_a_refused_item_fails_all_that_were_computed() 
         padded = False
 
         def predict(self, batch: Sequence[Any]) -> Any:
-            return list(super().predict(batch))[: len(batch) if len(batch) < 3 else 1]
+            return list(super().predict(batch))[: 1 if len(batch) == 3 else len(batch)]
 
     async with hosted(Forgetful(), batching={"max_batch_size": 8}) as host:
         results = await asyncio.gather(*(host.infer(rows(number)) for number in (1, 0, 2, 3)), return_exceptions=True)

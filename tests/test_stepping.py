@@ -1,3 +1,5 @@
+"""Streams computed together: admitted, delivered, left and failed."""
+
 from __future__ import annotations
 
 import asyncio
@@ -407,6 +409,17 @@ async def test_drain_waits_for_streams_and_close_ends_them() -> None:
         assert model.admitted == ["20"]
 
 
+class Mute(BaseException):
+    """Cannot be put in words."""
+
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+    @classmethod
+    def speak(cls) -> None:
+        raise cls
+
+
 async def test_work_thread_answers_raises_and_skips_what_was_cancelled() -> None:
     thread = WorkThread("work")
     held = threading.Event()
@@ -420,8 +433,10 @@ async def test_work_thread_answers_raises_and_skips_what_was_cancelled() -> None
     assert await thread.call(max, 2, 3) == 3
     with pytest.raises(ZeroDivisionError):
         await thread.call(lambda: 1 / 0)
-    with pytest.raises(RuntimeError, match="StopIteration"):
+    with pytest.raises(PredictionFailed, match="StopIteration"):
         await thread.call(lambda: next(iter(())))
+    with pytest.raises(PredictionFailed, match="Mute: its text cannot be told"):
+        await thread.call(Mute.speak)
     thread.post(lambda: ran.append(str(1 / 0)))
     thread.post(sys.exit)
     assert await thread.call(lambda: "alive") == "alive"

@@ -9,15 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from loadtests.peers.client import Exchange
 from loadtests.peers.environments import ROOT, WORK, python_of
-
-try:
-    import orjson
-
-    _loads: Callable[[bytes], Any] = orjson.loads
-except ImportError:
-    _loads = json.loads
 
 HERE = Path(__file__).parent
 SERVERS = HERE / "servers"
@@ -55,7 +50,7 @@ class Route:
 
         def check(data: bytes) -> bool:
             try:
-                row = answer(_loads(data))
+                row = answer(orjson.loads(data))
             except (ValueError, KeyError, IndexError, TypeError):
                 return False
             return len(row) == size and all(abs(row[at] - value) <= _TOLERANCE for at, value in probes)

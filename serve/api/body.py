@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from serve.api.wire import Receive
-from serve.errors import Cancelled, InvalidInput, Overloaded, PayloadTooLarge, UnsupportedMedia
+from serve.errors import Cancelled, DeadlineExceeded, InvalidInput, Overloaded, PayloadTooLarge, UnsupportedMedia
 
 # `curl -d` says form-urlencoded and tritonclient says nothing: both send JSON.
 _READABLE_TYPES = frozenset(
@@ -54,11 +54,13 @@ class Uploads:
 
     Args:
         max_bytes: What all of them together may have sent; a body that arrives in one piece is not counted.
+        within_s: Seconds in which each of them must have arrived, so that none holds its room for good.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, *, within_s: float) -> None:
         self._max_bytes = max_bytes
         self._bytes = 0
+        self.within_s = within_s
 
     def take(self, size: int) -> None:
         """Count bytes that arrived.
@@ -90,6 +92,7 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive, *, limit: int
         InvalidInput: It does not decompress, or its declared length is no number.
         Cancelled: The client left while sending it.
         Overloaded: `uploads` is full.
+        DeadlineExceeded: It has not arrived in the time that `uploads` allows.
     """
     declared = headers.get(b"content-length")
     if declared is not None:
@@ -103,7 +106,11 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive, *, limit: int
         raise Cancelled("the client left while sending its request")
     body: bytes = message.get("body", b"")
     if message.get("more_body", False):
-        body = await _read_rest(body, receive, limit, uploads)
+        try:
+            async with asyncio.timeout(uploads.within_s):
+                body = await _read_rest(body, receive, limit, uploads)
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"the body had not arrived after {uploads.within_s:g} s") from error
     elif len(body) > limit:
         raise _too_large(len(body), limit)
     encoding = headers.get(b"content-encoding")

@@ -10,6 +10,9 @@ from typing import Any, Protocol
 
 from serve.errors import ModelNotFound, NotReady
 
+#: Characters of a name that are compared with known ones: of a whole body that would take seconds.
+LONGEST_NEAR = 100
+
 #: `cpu`, `gpu` or `memory` (bytes) -> `total` and `free`, of all the platform's machines.
 Capacity = Mapping[str, Mapping[str, float]]
 
@@ -103,7 +106,7 @@ def find(directory: Directory, name: str) -> ModelStatus:
         if status.name == name:
             return status
         names.append(status.name)
-    raise ModelNotFound(name, near=get_close_matches(name.lower(), names, n=3, cutoff=0.5))
+    raise ModelNotFound(name, near=get_close_matches(name[:LONGEST_NEAR].lower(), names, n=3, cutoff=0.5))
 
 
 def not_ready(status: ModelStatus) -> NotReady:

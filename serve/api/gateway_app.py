@@ -68,6 +68,7 @@ _ROUTE_RETRY_S = 1.0
 _ROUTE_WAIT_S = 10.0
 _ROUTE_POLL_S = 0.2
 _ARRIVING_BYTES = 256 * 2**20
+_ARRIVING_S = 60.0
 
 
 def build_gateway_app(
@@ -116,7 +117,7 @@ class GatewayRoutes:
         self._tracer = tracer
         self._insight = insight
         self._upstream = Upstream(base_url, spare_url=settings.proxies_url)
-        self._uploads = Uploads(_ARRIVING_BYTES)
+        self._uploads = Uploads(_ARRIVING_BYTES, within_s=_ARRIVING_S)
         self._watch = watch_disconnect
         self._metrics_dir = settings.metrics_dir
         self._metrics = GatewayMetrics(settings.metrics_dir)

@@ -89,7 +89,9 @@ class ModelRoutes:
         self._signature = host.signature
         self._protocol = OpenInference(host.spec, host.signature)
         self._limit = host.spec.limits.max_request_bytes
-        self._uploads = Uploads(max(self._limit, host.spec.batching.max_queue_bytes))
+        self._uploads = Uploads(
+            max(self._limit, host.spec.batching.max_queue_bytes), within_s=host.spec.deadline_ms / 1000
+        )
         self._watch = watch_disconnect
         self._document = documents.model_document(self._protocol)
         host.metrics.objectives.promise(host.spec.objectives)

@@ -11,7 +11,7 @@ import orjson
 
 from serve.api import tensors
 from serve.api.body import json_type, parse_object, read_length
-from serve.api.directory import version_of
+from serve.api.directory import LONGEST_NEAR, version_of
 from serve.api.wire import JSON_HEADER, Headers
 from serve.errors import InvalidInput, PayloadTooLarge, PredictionFailed, UnsupportedParameter
 from serve.models.base import Signature, TensorSpec
@@ -45,7 +45,7 @@ class InferRequest:
 
 def near(name: object, known: Sequence[str]) -> str:
     """Return `; did you mean ...?` where a known name looks like this one, else the known names."""
-    found = get_close_matches(str(name).lower(), known, n=1, cutoff=0.6)
+    found = get_close_matches(str(name)[:LONGEST_NEAR].lower(), known, n=1, cutoff=0.6)
     return f"; did you mean {found[0]!r}?" if found else f"; known are {', '.join(sorted(known)) or 'none'}"
 
 

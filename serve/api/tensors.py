@@ -247,24 +247,37 @@ def stack(rows: Sequence[Any], spec: TensorSpec) -> Array | list[Any]:
     """Return the rows of an output as one tensor: an array, or for BYTES a list (of lists, of rank 2) of bytes or str.
 
     Raises:
-        PredictionFailed: The model's rows do not fit together or do not fit the datatype.
+        PredictionFailed: The model's rows do not fit together, or not the datatype or the shape of its signature.
     """
     if spec.datatype == "BYTES":
         values = [row.tolist() if isinstance(row, np.ndarray) else row for row in rows]
         if len({_length(value) for value in values}) > 1:
             raise _ragged(spec)
-        for value in _flatten(values)[1]:
+        shape, flat = _flatten(values)
+        for value in flat:
             if not isinstance(value, (str, bytes, bytearray, memoryview)):
                 raise PredictionFailed(
                     f"the model's output {spec.name!r} is no BYTES: {value!r:.60} is neither str nor bytes"
                 )
+        _check_output(tuple(shape), spec)
         return values
     try:
-        return np.asarray(rows, dtype=DTYPES[spec.datatype])
+        tensor = np.asarray(rows, dtype=DTYPES[spec.datatype])
     except (ValueError, TypeError, OverflowError) as error:
         if len({np.shape(row) for row in rows}) > 1:
             raise _ragged(spec) from error
         raise PredictionFailed(f"the model's output {spec.name!r} is no {spec.datatype}: {error}") from error
+    _check_output(tensor.shape, spec)
+    return tensor
+
+
+def _check_output(shape: tuple[int, ...], spec: TensorSpec) -> None:
+    if len(shape) != len(spec.shape) or any(
+        want not in (-1, size) for size, want in zip(shape, spec.shape, strict=True)
+    ):
+        raise PredictionFailed(
+            f"the model's output {spec.name!r} has the shape {list(shape)}, and its signature says {list(spec.shape)}"
+        )
 
 
 def _length(value: object) -> int | None:

@@ -30,7 +30,6 @@ class Board:
         self._log = log
         self._began = time.monotonic()
         self._last: dict[str, tuple[str, str]] = {}
-        self._ready_after_s: dict[str, float] = {}
         self._live: Live | None = None
 
     def elapsed_s(self) -> float:
@@ -91,8 +90,6 @@ class Board:
             return
         self._last[model.name] = now
         if was is None or was[0] != model.phase or (settled(model) and model.message):
-            if model.phase == "ready":
-                self._ready_after_s[model.name] = self.elapsed_s()
             detail = f": {model.message}" if model.message else ""
             self.say(f"{model.name} {model.phase}{detail}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import functools
 import importlib
 import importlib.util
@@ -325,17 +326,22 @@ def _lean_node(*, dashboard: bool, fork: bool, host: str, ports: Sequence[int]) 
 
 
 def require_free_port(host: str, port: int) -> None:
-    """Raise `PlatformError` where something listens on the port already, naming the process where it can be seen."""
+    """Raise `PlatformError` where the port cannot be had, naming the process that has it where it can be seen."""
     import socket
 
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
+            if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+                raise PlatformError(
+                    f"port {port} on {host} is taken ({error.strerror}){_listener(port)}; "
+                    "stop what listens there, or choose another with --port"
+                ) from error
             raise PlatformError(
-                f"port {port} on {host} is taken ({error.strerror}){_listener(port)}; "
-                "stop what listens there, or choose another with --port"
+                f"{host}:{port} cannot be listened on ({error}); --host takes an address of this machine, "
+                "and a --port below 1024 may be kept for root"
             ) from error
 
 

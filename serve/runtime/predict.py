@@ -14,7 +14,8 @@ import httpx
 
 from serve.errors import InvalidInput, RoundhouseError
 
-_TIMEOUT_S = 300.0
+# The platform is on this machine: a proxy of the environment does not lead there.
+_HOW: dict[str, Any] = {"timeout": 300.0, "trust_env": False}
 _GENERATION = "roundhouse_text_generation"
 
 
@@ -30,6 +31,8 @@ def answer(base_url: str, model: str, inputs: Sequence[str], *, as_json: bool, m
         RequestFailed: The platform refused or is not there.
     """
     metadata = get(f"{base_url}/v2/models/{model}")
+    if not isinstance(metadata, dict) or metadata.get("name") != model:
+        raise RequestFailed(f"{model!r} is no model; `roundhouse status` lists them")
     if not as_json and metadata["platform"] == _GENERATION:
         print_stream(chat(base_url, model, " ".join(inputs), max_tokens=max_tokens))
         return 0
@@ -81,8 +84,16 @@ def predict(url: str, metadata: dict[str, Any], inputs: Sequence[str]) -> dict[s
     if len(tensors) != 1:
         names = ", ".join(tensor["name"] for tensor in tensors)
         raise InvalidInput(f"{metadata['name']} takes several tensors ({names}); send them with curl, see {url}/docs")
-    body = {"inputs": [input_tensor(tensors[0], inputs)]}
-    return dict(parsed(send("POST", f"{url}/infer", json=body)))
+    body = _encoded({"inputs": [input_tensor(tensors[0], inputs)]})
+    return dict(parsed(send("POST", f"{url}/infer", content=body)))
+
+
+def _encoded(body: dict[str, Any]) -> bytes:
+    """Return a body in JSON; what is no Unicode becomes escapes, which the platform refuses by their place."""
+    try:
+        return json.dumps(body, allow_nan=False).encode()
+    except ValueError as error:
+        raise InvalidInput("a number is not finite, which JSON cannot hold") from error
 
 
 def input_tensor(tensor: dict[str, Any], inputs: Sequence[str]) -> dict[str, Any]:
@@ -109,7 +120,7 @@ def _row(tensor: dict[str, Any], text: str, index: int) -> Any:
     source = _text(_read(text[1:], place), place) if text.startswith("@") else text
     try:
         return json.loads(source if source.lstrip().startswith("[") else f"[{source}]")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidInput(
             f"{tensor['name']!r} wants numbers such as 1,2,3 or [1, 2, 3] and got {source[:60]!r}", place=place
         ) from error
@@ -142,7 +153,7 @@ def chat(base_url: str, model: str, prompt: str, *, max_tokens: int) -> Iterator
         "messages": [{"role": "user", "content": prompt}],
     }
     url = f"{base_url}/v2/models/{model}/v1/chat/completions"
-    with _failures(url), httpx.stream("POST", url, json=body, timeout=_TIMEOUT_S) as response:
+    with _failures(url), httpx.stream("POST", url, content=_encoded(body), **_HOW) as response:
         if response.status_code != 200:
             response.read()
             parsed(response)
@@ -173,8 +184,8 @@ def _failures(url: str) -> Iterator[None]:
         yield
     except httpx.ConnectError as error:
         raise RequestFailed(f"nothing answers at {url}; is `roundhouse up` running?") from error
-    except httpx.HTTPError as error:
-        raise RequestFailed(f"{url}: {error or type(error).__name__}") from error
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise RequestFailed(f"{url!r}: {error or type(error).__name__}") from error
 
 
 def send(method: str, url: str, **arguments: Any) -> httpx.Response:
@@ -184,19 +195,20 @@ def send(method: str, url: str, **arguments: Any) -> httpx.Response:
         RequestFailed: Nothing answers.
     """
     with _failures(url):
-        return httpx.request(method, url, timeout=_TIMEOUT_S, **arguments)
+        return httpx.request(method, url, **_HOW, **arguments)
 
 
 def parsed(response: httpx.Response) -> Any:
     """Return the JSON of an answer.
 
     Raises:
-        RequestFailed: It is an error.
+        RequestFailed: It is an error, or no JSON.
     """
-    if response.status_code == 200:
-        return response.json()
     try:
-        said = response.json()["error"]
+        told = response.json()
+        if response.status_code == 200:
+            return told
+        said = told["error"]
         message = said["message"] if isinstance(said, dict) else said
     except (ValueError, KeyError, TypeError):
         message = response.text[:500] or response.reason_phrase

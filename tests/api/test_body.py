@@ -1,3 +1,5 @@
+"""Bodies that arrive in pieces, slowly or never, and what they may take meanwhile."""
+
 from __future__ import annotations
 
 import asyncio
@@ -6,7 +8,8 @@ from typing import Any
 import pytest
 
 from serve.api.body import Uploads, read_body
-from serve.errors import Cancelled, Overloaded, PayloadTooLarge
+from serve.errors import Cancelled, DeadlineExceeded, Overloaded, PayloadTooLarge
+from tests.fake_time import run
 
 
 class Client:
@@ -38,7 +41,7 @@ async def turns() -> None:
 
 
 async def test_bodies_that_arrive_slowly_are_bounded_together_and_count_no_more_once_read() -> None:
-    uploads = Uploads(100)
+    uploads = Uploads(100, within_s=60)
     slow, late = Client(), Client()
     first = reading(slow, uploads)
     slow.sends(b"a" * 60)
@@ -55,7 +58,7 @@ async def test_bodies_that_arrive_slowly_are_bounded_together_and_count_no_more_
 
 @pytest.mark.parametrize("end", ["leaves", "too large", "cancelled"])
 async def test_body_that_is_not_read_to_its_end_counts_no_more(end: str) -> None:
-    uploads = Uploads(100)
+    uploads = Uploads(100, within_s=60)
     client = Client()
     read = reading(client, uploads, limit=80)
     client.sends(b"a" * 50)
@@ -79,4 +82,18 @@ async def test_body_that_is_not_read_to_its_end_counts_no_more(end: str) -> None
 async def test_body_in_one_piece_needs_no_room_to_arrive() -> None:
     client = Client()
     client.sends(b"whole", more=False)
-    assert await reading(client, Uploads(0)) == b"whole"
+    assert await reading(client, Uploads(0, within_s=60)) == b"whole"
+
+
+def test_body_that_does_not_arrive_in_time_gives_its_room_back() -> None:
+    async def story() -> None:
+        uploads = Uploads(100, within_s=60)
+        client = Client()
+        client.sends(b"a" * 50)
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(DeadlineExceeded, match="had not arrived after 60 s"):
+            await reading(client, uploads)
+        assert asyncio.get_running_loop().time() == began + 60
+        uploads.take(100)
+
+    run(story())

@@ -1,3 +1,5 @@
+"""The documents show requests that are answered, and are valid OpenAPI."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""The gateway passes on what names its model in the body, and answers for models that cannot answer themselves."""
+
 from __future__ import annotations
 
 import asyncio

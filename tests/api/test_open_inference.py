@@ -1,7 +1,10 @@
+"""The Open Inference Protocol v2 over HTTP, as its clients speak it."""
+
 from __future__ import annotations
 
 import asyncio
 import gzip
+import tracemalloc
 import zlib
 from typing import Any
 
@@ -11,9 +14,11 @@ import pytest
 import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
 
-from serve.api.directory import version_of
+from serve.api.directory import find, version_of
 from serve.api.gateway_app import build_gateway_app
 from serve.api.model_app import build_model_app
+from serve.api.open_inference import near
+from serve.errors import ModelNotFound
 from serve.settings import Settings
 from tests.api.toys import Embedder, Everything, Front, Models, below, direct, hosted, listening, spec
 
@@ -272,3 +277,17 @@ async def test_a_client_may_take_the_version_from_the_index() -> None:
     ):
         answer = await client.post(f"/versions/{version}/infer", json=words("a"))
         assert (answer.status_code, answer.json()["model_version"]) == (200, version)
+
+
+def test_a_name_as_long_as_a_body_is_compared_by_its_beginning_alone() -> None:
+    name = "texd" + "x" * 10**6
+    tracemalloc.start()
+    try:
+        assert near("texd", ["text"]) == "; did you mean 'text'?"
+        assert near(name, ["text"]) == "; known are text"
+        with pytest.raises(ModelNotFound):
+            find(Models({"text": "ready"}), name)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**20

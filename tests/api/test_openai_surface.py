@@ -1,3 +1,5 @@
+"""OpenAI's surface over HTTP, as its clients speak it."""
+
 from __future__ import annotations
 
 import asyncio

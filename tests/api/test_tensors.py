@@ -1,3 +1,5 @@
+"""Tensors come back as they were sent, and what does not fit is named."""
+
 from __future__ import annotations
 
 import json
@@ -172,6 +174,28 @@ def test_an_output_of_another_type_is_the_model_s_failure(datatype: Any, row: An
     request = InferRequest([], None, [(output, binary)], None)
     with pytest.raises(PredictionFailed, match=words):
         OpenInference(spec("python"), Signature((), (output,))).write(request, [{"x": row}])
+
+
+@pytest.mark.parametrize("binary", [False, True])
+@pytest.mark.parametrize(
+    ("datatype", "shape", "row"),
+    [
+        ("FP32", (-1,), np.zeros(3)),
+        ("FP32", (-1, 4), np.zeros(3)),
+        ("FP32", (-1, -1), 1.0),
+        ("FP32", (-1, -1), np.zeros((2, 2))),
+        ("BYTES", (-1,), ["a"]),
+        ("BYTES", (-1, 2), ["a"]),
+        ("BYTES", (-1, 1), "a"),
+    ],
+)
+def test_an_output_of_another_shape_than_its_signature_s_is_the_model_s_failure(
+    datatype: Any, shape: tuple[int, ...], row: Any, binary: bool
+) -> None:
+    output = TensorSpec("x", datatype, shape, "rows")
+    request = InferRequest([], None, [(output, binary)], None)
+    with pytest.raises(PredictionFailed, match=r"the model's output 'x' has the shape .*, and its signature says"):
+        OpenInference(spec("python"), Signature((), (output,))).write(request, [{"x": row}, {"x": row}])
 
 
 def test_a_raw_body_is_one_input() -> None:

@@ -1,3 +1,5 @@
+"""The load generator counts what was answered, and latency from when it was due."""
+
 from __future__ import annotations
 
 import asyncio

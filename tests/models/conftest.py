@@ -1,3 +1,5 @@
+"""What the models' tests share: the catalog's weights and a cache that all of them fill once."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Sound files become samples, and those that are damaged, too long or none are refused."""
+
 from __future__ import annotations
 
 import io

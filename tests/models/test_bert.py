@@ -1,3 +1,5 @@
+"""The encoder's vectors equal the bare model's on every engine."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Only the template writes special tokens into a prompt, whatever a message says."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Where a model runs and in which type, decided from its spec and the machine."""
+
 from __future__ import annotations
 
 import ctypes

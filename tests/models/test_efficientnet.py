@@ -1,3 +1,5 @@
+"""The network gives the logits of the published one, in every variant, and takes no other weights."""
+
 from __future__ import annotations
 
 from importlib.util import find_spec

@@ -1,3 +1,5 @@
+"""Forecasts follow the series, alone and beside others, and equal the bare model's."""
+
 from __future__ import annotations
 
 import dataclasses

@@ -1,3 +1,5 @@
+"""A GGUF file becomes the Hugging Face layout once, with equal weights and tokens."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Pictures get their classes, and those that are damaged or made to harm are refused."""
+
 from __future__ import annotations
 
 import base64

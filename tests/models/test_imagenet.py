@@ -1,3 +1,5 @@
+"""The thousand labels are those of ImageNet, in its order."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""The network equals the published one, however prompts are cut and slots are shared."""
+
 from __future__ import annotations
 
 import itertools

@@ -1,3 +1,5 @@
+"""A user's class loads from wherever it is, and what is wrong with it is said."""
+
 from __future__ import annotations
 
 import subprocess

@@ -1,3 +1,5 @@
+"""Tokens are drawn, stopped and shown as text without a character too many or too few."""
+
 from __future__ import annotations
 
 import itertools

@@ -1,3 +1,5 @@
+"""Speech comes back as its words, and the features equal the published ones."""
+
 from __future__ import annotations
 
 import dataclasses

@@ -1,3 +1,5 @@
+"""Texts become the bare model's vectors, and those that are none are refused."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Streams join, leave and share steps, and each gets the tokens that it would get alone."""
+
 from __future__ import annotations
 
 import shutil

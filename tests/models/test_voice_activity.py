@@ -1,3 +1,5 @@
+"""Speech is found where it is, with the published network's numbers."""
+
 from __future__ import annotations
 
 import dataclasses

@@ -234,6 +234,8 @@ def test_what_is_open_without_a_token_listens_on_this_machine_alone(platform: Ru
 
 
 def test_status_is_json_for_scripts(platform: Running):
+    # A replica that another test ended is back before the gateway has been told of it.
+    platform.wait_for("two")
     done = platform.command("status", "--json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)

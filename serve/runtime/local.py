@@ -90,7 +90,7 @@ def ray_environment(folder: Path, *, ports: Sequence[int], hard_stop_s: float) -
         # Workers that Ray starts ahead belong to no driver yet, and could not be forked from one that does.
         "RAY_enable_worker_prestart": "0",
         "RAY_prestart_worker_first_driver": "0",
-        "RAY_raylet_start_wait_time_s": "120",
+        "RAY_raylet_start_wait_time_s": "2",
         # Every process of this run, the fork server first, must find the same token from its beginning.
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
     }
@@ -164,8 +164,9 @@ class Platform:
 
         # The node's own processes take a while to come up; what Ray Serve needs is imported meanwhile.
         threading.Thread(target=importlib.import_module, args=("ray.serve",), daemon=True).start()
+        export_port, *ports = _free_ports(4)
         try:
-            with _lean_node(dashboard=self._dashboard, fork=_CAN_FORK, host=self._settings.host, ports=_free_ports(3)):
+            with _lean_node(dashboard=self._dashboard, fork=_CAN_FORK, host=self._settings.host, ports=ports):
                 ray.init(
                     num_cpus=_LOGICAL_CPUS,
                     object_store_memory=_OBJECT_STORE_BYTES,
@@ -178,6 +179,7 @@ class Platform:
                     log_to_driver=False,
                     namespace="roundhouse",
                     _temp_dir=str(self._ray_folder),
+                    _metrics_export_port=export_port,  # see `_lean_node` for those of the other agents
                     _system_config={"num_workers_soft_limit": 1, "worker_register_timeout_seconds": 120},
                 )
         except Exception as error:
@@ -287,6 +289,12 @@ def _lean_node(*, dashboard: bool, fork: bool, host: str, ports: Sequence[int]) 
     get_node = services.get_node
 
     raylets: list[Any] = []
+    start_process = services.start_ray_process
+
+    def start_with_port(command: list[str], process_type: str, *arguments: Any, **named: Any) -> Any:
+        """Tell the raylet the one port that Ray tells its agent alone."""
+        more = [f"--dashboard_agent_listen_port={ports[-1]}"] if process_type == "raylet" else []
+        return start_process([*command, *more], process_type, *arguments, **named)
 
     def start_and_announce(self: Any, *arguments: Any, **named: Any) -> None:
         start_raylet(self, *arguments, **named)
@@ -314,7 +322,7 @@ def _lean_node(*, dashboard: bool, fork: bool, host: str, ports: Sequence[int]) 
         named["worker_path"] = str(fork_server.LAUNCHER)
     node.Node.start_raylet = start_and_announce
     parameter.RayParams = functools.partial(params, no_monitor=True, include_log_monitor=False, **named)
-    services.get_node = wait_for_node
+    services.get_node, services.start_ray_process = wait_for_node, start_with_port
     if not dashboard:
         node.Node.start_api_server = lambda self, **_: None  # noqa: ARG005
     try:
@@ -322,7 +330,7 @@ def _lean_node(*, dashboard: bool, fork: bool, host: str, ports: Sequence[int]) 
     finally:
         parameter.RayParams = params
         node.Node.start_api_server, node.Node.start_raylet = start_api_server, start_raylet
-        services.get_node = get_node
+        services.get_node, services.start_ray_process = get_node, start_process
 
 
 def require_free_port(host: str, port: int) -> None:

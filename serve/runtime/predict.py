@@ -31,7 +31,7 @@ def answer(base_url: str, model: str, inputs: Sequence[str], *, as_json: bool, m
         RequestFailed: The platform refused or is not there.
     """
     metadata = get(f"{base_url}/v2/models/{model}")
-    if not isinstance(metadata, dict) or metadata.get("name") != model:
+    if not isinstance(metadata, dict) or not metadata.keys() >= {"platform", "inputs"}:
         raise RequestFailed(f"{model!r} is no model; `roundhouse status` lists them")
     if not as_json and metadata["platform"] == _GENERATION:
         print_stream(chat(base_url, model, " ".join(inputs), max_tokens=max_tokens))

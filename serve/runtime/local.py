@@ -44,6 +44,7 @@ _LOGICAL_MEMORY_BYTES = 10**13
 
 _DASHBOARD_PORT = 8265
 _SHORTEST_DRAIN_S = 120.0
+_DRAIN_POLL_S = 0.2
 _NODE_WITHIN_S = 120.0
 
 # Elsewhere system libraries do not survive a fork.
@@ -272,6 +273,12 @@ class Platform:
         # Ray prints that actors die, which is what stopping means.
         worker.print_to_stdstream = lambda *_, **__: None
         client = context._get_global_client()
+        # A shutdown ends the proxies at once, and with them what is in flight: the models go before.
+        names = {application_name(name) for name in self._running}
+        client.delete_apps(list(names), blocking=False)
+        ends = time.monotonic() + _drain_s([*self._running.values()])
+        while names & ray_serve.status().applications.keys() and time.monotonic() < ends:
+            time.sleep(_DRAIN_POLL_S)
         client.shutdown = functools.partial(client.shutdown, timeout_s=_drain_s([*self._running.values()]))
         ray_serve.shutdown()
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.e2e
 
 CLASS = '''
 import os
+import time
 import numpy as np
 from serve.models.base import Signature, TensorSpec
 
@@ -45,6 +47,19 @@ class Double:
             print("a number below zero")
             raise ValueError("burst")
         return [{"y": item["x"] * self.factor, "pid": os.getpid()} for item in batch]
+
+class Slow(Double):
+    """Takes three seconds over anything but its example, and leaves a file as it begins."""
+
+    def __init__(self, mark):
+        super().__init__()
+        self.mark = mark
+
+    def predict(self, batch):
+        if any(item["x"][0] == 3 for item in batch):
+            open(self.mark, "w").close()
+            time.sleep(3)
+        return super().predict(batch)
 
 class Broken:
     signature = None
@@ -255,18 +270,23 @@ def test_a_taken_port_is_named(platform: Running):
     assert "Traceback" not in done.stderr
 
 
-def test_down_leaves_no_process_port_or_file(tmp_path: Path):
+def test_down_answers_what_is_in_flight_and_leaves_no_process_port_or_file(tmp_path: Path):
     (tmp_path / "model.py").write_text(CLASS)
     declaration = tmp_path / "models.yaml"
-    declaration.write_text("models:\n" + entry("one"))
+    mark = tmp_path / "mark"
+    declaration.write_text("models:\n" + entry("one") + entry("slow", "Slow", f", arguments: {{mark: '{mark}'}}"))
     before = set(Path("/tmp").glob("rh-*"))
-    with running_platform(declaration, tmp_path) as running:
+    with running_platform(declaration, tmp_path) as running, ThreadPoolExecutor() as pool:
         running.wait_for("one")
+        running.wait_for("slow")
+        in_flight = pool.submit(infer, running.url, "slow", [3])
+        wait_until(mark.exists)
         family = psutil.Process(running.process.pid).children(recursive=True)
         assert len(family) > 3
         done = running.command("down")
         assert done.returncode == 0, done.stderr
         assert running.process.wait(timeout=60) == 0
+        assert in_flight.result().status_code == 200
         assert [
             process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE
         ] == []

@@ -13,7 +13,8 @@ from rich.text import Text
 
 from serve.runtime.predict import parsed, send
 
-_WIDTH = 48
+_LONGEST_NAME = 34
+_NARROWEST = 16
 _COLOURS = {"server": "bold", "client": "dim", "read": "cyan", "queue": "yellow", "prepare": "blue", "respond": "cyan"}
 
 
@@ -39,21 +40,25 @@ def render_request(told: dict[str, Any]) -> None:
     if last["batch_sizes"]:
         console.print(f"It ran in batches of {', '.join(map(str, last['batch_sizes']))} items.")
     table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(max_width=_LONGEST_NAME, no_wrap=True, overflow="ellipsis")
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(no_wrap=True)
     spans = [span for hop in hops for span in hop["spans"]]
     begin = min(span["at"] for span in spans)
     whole = max(span["at"] + span["seconds"] for span in spans) - begin or 1e-9
+    width = max(_NARROWEST, console.width - _LONGEST_NAME - 2 * len("12345.00 ms"))
     for depth, span in _tree(spans):
         error = Text(f"  {span['error']}", "red") if span["error"] else Text("")
         colour = _COLOURS.get(span["name"], _COLOURS.get(span["kind"], "green"))
         table.add_row(
             Text("  " * depth + span["name"]),
-            Text(f"{span['seconds'] * 1000:.2f} ms", justify="right"),
-            Text(bar(span["at"] - begin, span["seconds"], whole), colour) + error,
+            f"{span['seconds'] * 1000:.2f} ms",
+            Text(bar(span["at"] - begin, span["seconds"], whole, width=width), colour) + error,
         )
     console.print(table)
 
 
-def bar(offset: float, length: float, whole: float, *, width: int = _WIDTH) -> str:
+def bar(offset: float, length: float, whole: float, *, width: int) -> str:
     """Return a bar that begins and ends where its part of the whole does; one that is too short to see is a `|`."""
     first = min(width - 1, int(offset / whole * width))
     cells = round((offset + length) / whole * width) - first

@@ -90,10 +90,16 @@ def _told(span: Span, offset: float) -> dict[str, Any]:
 def find(folder: Path, request_id: str) -> list[dict[str, Any]]:
     """Return what the processes of a node remember of a request, the oldest first; one entry a hop.
 
-    Where a name was given to several requests, of one trace each, the newest trace alone.
+    Where a name was given to several requests, the newest of them alone.
     """
     found = sorted(_entries(folder / _FOLDER, request_id), key=lambda entry: float(entry["at"]))
-    return [entry for entry in found if entry["trace_id"] == found[-1]["trace_id"]]
+    known = {span["span_id"] for entry in found for span in entry["spans"]}
+    roots = [entry for entry in found if entry["spans"][0]["parent_id"] not in known]
+    hops = roots[-1:]
+    for hop in hops:  # grows as it goes
+        own = {span["span_id"] for span in hop["spans"]}
+        hops += [entry for entry in found if entry["spans"][0]["parent_id"] in own]
+    return hops
 
 
 def _entries(folder: Path, request_id: str) -> Iterator[dict[str, Any]]:

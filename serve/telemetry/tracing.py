@@ -53,11 +53,22 @@ class RequestTrace:
         state: The caller's `tracestate`.
         is_sampled: Whether it goes to the collector; one that does not may still be kept at its end.
         is_named: Whether this node remembers it.
+        tells_sampled: What it says where it is passed on: its caller's word, where nothing is sent from here.
         batches: The batches that its items ran in.
         attempts: What a gateway sent for it.
     """
 
-    __slots__ = ("attempts", "batches", "is_named", "is_sampled", "parent_id", "span_id", "state", "trace_id")
+    __slots__ = (
+        "attempts",
+        "batches",
+        "is_named",
+        "is_sampled",
+        "parent_id",
+        "span_id",
+        "state",
+        "tells_sampled",
+        "trace_id",
+    )
 
     def __init__(
         self, trace_id: bytes, parent_id: bytes, state: bytes, *, is_sampled: bool, is_named: bool = False
@@ -68,6 +79,7 @@ class RequestTrace:
         self.state = state
         self.is_sampled = is_sampled
         self.is_named = is_named
+        self.tells_sampled = is_sampled
         self.batches: list[BatchTrace] = []
         self.attempts: list[Attempt] = []
 
@@ -84,7 +96,7 @@ class RequestTrace:
 
     def header_of(self, attempt: Attempt) -> bytes:
         """Return the `traceparent` of a request that is passed on."""
-        return write_parent(self.trace_id, attempt.span_id, is_sampled=self.is_sampled)
+        return write_parent(self.trace_id, attempt.span_id, is_sampled=self.tells_sampled)
 
 
 class Attempt:
@@ -199,7 +211,9 @@ class Tracer:
         if parent is None:
             return RequestTrace(random.randbytes(16), _NO_PARENT, b"", is_sampled=is_sampled, is_named=is_named)
         state = headers.get(b"tracestate", b"")
-        return RequestTrace(parent.trace_id, parent.span_id, state, is_sampled=is_sampled, is_named=is_named)
+        trace = RequestTrace(parent.trace_id, parent.span_id, state, is_sampled=is_sampled, is_named=is_named)
+        trace.tells_sampled = parent.is_sampled
+        return trace
 
     def end(self, passage: Passage, scope: Mapping[str, Any], headers: Mapping[bytes, bytes], route: str) -> None:
         """Take a request that has ended; `passage.trace` is then that of a recorded one, or None."""

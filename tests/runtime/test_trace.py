@@ -28,7 +28,7 @@ def span(name: str, own: str, parent: str, at: float, seconds: float, error: str
     return told | {"error": error, "events": [], "attributes": {}}
 
 
-def test_a_request_is_drawn_as_a_tree(capsys: pytest.CaptureFixture[str]):
+def test_a_request_is_drawn_as_a_tree(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     spans = [
         span("respond", "d", "a", 13.0, 1.0),
         span("POST /infer", "a", "client", 10.0, 4.0),
@@ -36,6 +36,7 @@ def test_a_request_is_drawn_as_a_tree(capsys: pytest.CaptureFixture[str]):
         span("compute", "c", "a", 11.0, 2.0, "prediction_failed"),
         span("prepare", "e", "b", 10.5, 0.5),
     ]
+    monkeypatch.setenv("COLUMNS", "100")
     hop = {"at": 10.0, "model": "m", "outcome": "prediction_failed", "batch_sizes": [3], "spans": spans}
     render_request({"request_id": "mine", "trace_id": "t" * 32, "hops": [hop]})
     told = capsys.readouterr().out.splitlines()

@@ -20,7 +20,7 @@ def keep(
 ) -> None:
     passage = Passage()
     passage.began, passage.arrived, passage.launched, passage.answered, passage.ended = (at + n for n in range(5))
-    passage.trace = RequestTrace(trace * 16, parent * 8, b"", is_sampled=False, is_named=is_named)
+    passage.trace = RequestTrace(trace * 16, parent, b"", is_sampled=False, is_named=is_named)
     scope: dict[str, Any] = {"method": "POST", "path": "/v2/models/m/infer", "root_path": "/v2/models/m"}
     record = RequestRecord(passage, scope, {b"x-request-id": name.encode()}, "/v2/models/{model}/infer", {}, False)
     one.keep(record, list(spans_of(record)))
@@ -28,8 +28,9 @@ def keep(
 
 def test_a_request_is_found_with_all_its_hops(tmp_path: Path):
     gateway, replica = Recent(tmp_path, "SERVE_REPLICA::gateway#1"), Recent(tmp_path, "model#2")
-    keep(replica, "a", trace=b"x", parent=b"g", at=2.0)
     keep(gateway, "a", trace=b"x")
+    (asked,) = find(tmp_path, "a")
+    keep(replica, "a", trace=b"x", parent=bytes.fromhex(asked["spans"][0]["span_id"]), at=2.0)
     keep(replica, "b", trace=b"y")
     first, second = find(tmp_path, "a")
     assert first["at"] < second["at"]
@@ -45,9 +46,11 @@ def test_a_request_is_found_with_all_its_hops(tmp_path: Path):
 def test_of_a_name_that_was_given_twice_the_newest_is_told(tmp_path: Path):
     one = Recent(tmp_path, "a")
     keep(one, "same", trace=b"n", at=50.0)
+    keep(one, "same", trace=b"n", at=60.0)
     keep(one, "same", trace=b"o", at=10.0)
     (found,) = find(tmp_path, "same")
     assert found["trace_id"] == (b"n" * 16).hex()
+    assert found["at"] - found["spans"][0]["at"] == 0
 
 
 def test_a_request_without_a_name_is_not_remembered(tmp_path: Path):

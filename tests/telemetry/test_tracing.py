@@ -104,6 +104,20 @@ def test_what_is_passed_on_has_identifiers_whether_it_is_recorded_or_not():
     assert passage.trace is None
 
 
+@pytest.mark.parametrize("flag", [0, 1])
+def test_where_nothing_is_sent_from_here_the_callers_word_is_passed_on(flag: int):
+    one, taken = tracer(Sampling(ratio=0, follow=False, errors=False), passes_on=True)
+    headers = {b"traceparent": f"00-{TRACE}-{SPAN}-0{flag}".encode()}
+    passage = Passage()
+    passage.trace = trace = one.begin(headers)
+    assert trace is not None
+    told = read_parent(trace.header_of(trace.attempt()))
+    assert told is not None
+    assert told.is_sampled == bool(flag)
+    one.end(passage, SCOPE, headers, "/infer")
+    assert taken == []
+
+
 def test_baggage_is_told_as_far_as_it_is_allowed():
     taken: list[Any] = []
     one = Tracer(Sampling(ratio=1, baggage=frozenset({"tenant"})), taken.append)

@@ -165,6 +165,21 @@ def _asks_cluster(options: argparse.Namespace) -> bool:
     return options.context is not None
 
 
+def _ask(options: argparse.Namespace, ask: Callable[[str], int], *, here: Callable[[], str]) -> int:
+    """Ask the platform of a cluster or of this machine.
+
+    Args:
+        ask: Asks at a URL and returns the exit status.
+        here: Returns the URL of this machine's.
+    """
+    if _asks_cluster(options):
+        from serve.cluster.remote import forwarded
+
+        with forwarded(options.context, options.namespace) as url:
+            return ask(url)
+    return ask(here())
+
+
 def _status(options: argparse.Namespace) -> int:
     if _asks_cluster(options):
         return _cluster_status(options)
@@ -208,14 +223,12 @@ def _predict(options: argparse.Namespace) -> int:
     def ask(url: str) -> int:
         return answer(url, options.model, options.inputs, as_json=options.json, max_tokens=options.max_tokens)
 
-    if _asks_cluster(options):
-        from serve.cluster.remote import forwarded
+    def here() -> str:
+        settings = _settings(options)
+        running = state.read(settings, settings.port)
+        return running.url if running else settings.url
 
-        with forwarded(options.context, options.namespace) as url:
-            return ask(url)
-    settings = _settings(options)
-    running = state.read(settings, settings.port)
-    return ask(running.url if running else settings.url)
+    return _ask(options, ask, here=here)
 
 
 def _explain_arguments(parser: argparse.ArgumentParser) -> None:
@@ -239,12 +252,7 @@ def _explain(options: argparse.Namespace) -> int:
         explain(url, options.model, at=at, as_json=options.json)
         return OK
 
-    if _asks_cluster(options):
-        from serve.cluster.remote import forwarded
-
-        with forwarded(options.context, options.namespace) as url:
-            return ask(url)
-    return ask(_running(options)[1].url)
+    return _ask(options, ask, here=lambda: _running(options)[1].url)
 
 
 def _top_arguments(parser: argparse.ArgumentParser) -> None:
@@ -278,13 +286,7 @@ def _trace(options: argparse.Namespace) -> int:
             render_request(told)
         return OK
 
-    if _asks_cluster(options):
-        from serve.cluster.remote import forwarded
-
-        with forwarded(options.context, options.namespace) as url:
-            return show(url)
-    _, running = _running(options)
-    return show(running.url)
+    return _ask(options, show, here=lambda: _running(options)[1].url)
 
 
 def _logs_arguments(parser: argparse.ArgumentParser) -> None:

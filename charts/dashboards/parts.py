@@ -15,6 +15,8 @@ from grafana_foundation_sdk.models import dashboard as models
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 from grafana_foundation_sdk.models.text import TextMode
 
+from serve.telemetry import instruments
+
 DATASOURCE = common.DataSourceRef(type_val="prometheus", uid="${datasource}")
 #: What stands in a panel that has no data where there is no GPU; the checks let such panels be empty.
 NO_GPU = "No GPU, no data"
@@ -23,7 +25,7 @@ _SMALLEST_AXES = {"none": 1, "percentunit": 0.01, "reqps": 1, "ops": 1}
 COLUMNS = 24
 
 #: Outcomes that the caller is not to blame for.
-FAULTS = "overloaded|model_not_ready|replica_lost|deadline_exceeded|prediction_failed|internal_error"
+FAULTS = "|".join(outcome for outcome in instruments.OUTCOMES if outcome in instruments.FAULTS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+
+from loadtests.observe.processes import running
 
 PROGRAM = Path(__file__).parents[2] / ".tools" / "observe" / "bin" / "python"
 _READY_WITHIN_S = 15.0
@@ -34,31 +34,19 @@ def running_collector(folder: Path, *, grpc_port: int, http_port: int, onward: s
         raise CollectorFailed("the collector is not installed; `make observe` installs it")
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "collector.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [
-                *(agent, "start", "--otlp-grpc-endpoint", f"127.0.0.1:{grpc_port}"),
-                *("--otlp-http-endpoint", f"127.0.0.1:{http_port}", "--exporter", "otlp"),
-                *("--otlp-exporter-endpoint", onward, "--otlp-exporter-protocol", "http"),
-                *("--debug-log", "traces"),
-            ],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        _wait(process, http_port, log)
+    command = [
+        *(agent, "start", "--otlp-grpc-endpoint", f"127.0.0.1:{grpc_port}"),
+        *("--otlp-http-endpoint", f"127.0.0.1:{http_port}", "--exporter", "otlp"),
+        *("--otlp-exporter-endpoint", onward, "--otlp-exporter-protocol", "http"),
+        *("--debug-log", "traces"),
+    ]
+
+    def answers() -> bool:
+        httpx.get(f"http://127.0.0.1:{http_port}/", timeout=2)
+        return True
+
+    def failed(end: str) -> Exception:
+        return CollectorFailed(f"the collector did not start; {end}")
+
+    with running(command, log=log, within_s=_READY_WITHIN_S, answers=answers, failed=failed):
         yield
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
-
-
-def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    deadline = time.monotonic() + _READY_WITHIN_S
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(httpx.HTTPError):
-            httpx.get(f"http://127.0.0.1:{port}/", timeout=2)
-            return
-        time.sleep(0.1)
-    raise CollectorFailed(f"the collector did not start; its log, {log}, ends:\n{log.read_text()[-1000:]}")

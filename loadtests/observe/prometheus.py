@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import subprocess
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,8 @@ from typing import Any
 
 import httpx
 import yaml
+
+from loadtests.observe.processes import running
 
 HOW_TO_GET = "Prometheus is not installed; on Debian and Ubuntu: apt-get install prometheus"
 _READY_WITHIN_S = 60.0
@@ -92,31 +92,18 @@ def running_prometheus(
     folder.mkdir(parents=True, exist_ok=True)
     file, log = folder / "prometheus.yml", folder / "prometheus.log"
     file.write_text(configuration(target, interval_s=interval_s, rules=rules))
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [
-                *(program, f"--config.file={file}", f"--storage.tsdb.path={folder / 'data'}"),
-                *(f"--web.listen-address=127.0.0.1:{port}", "--enable-feature=exemplar-storage"),
-                "--storage.tsdb.retention.time=7d",
-            ],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
     url = f"http://127.0.0.1:{port}"
-    try:
-        _wait(process, url, log)
+    command = [
+        *(program, f"--config.file={file}", f"--storage.tsdb.path={folder / 'data'}"),
+        *(f"--web.listen-address=127.0.0.1:{port}", "--enable-feature=exemplar-storage"),
+        "--storage.tsdb.retention.time=7d",
+    ]
+
+    def answers() -> bool:
+        return httpx.get(f"{url}/-/ready", timeout=2).status_code == 200
+
+    def failed(end: str) -> Exception:
+        return PrometheusFailed(f"Prometheus did not become ready; {end}")
+
+    with running(command, log=log, within_s=_READY_WITHIN_S, answers=answers, failed=failed):
         yield Prometheus(url)
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
-
-
-def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    deadline = time.monotonic() + _READY_WITHIN_S
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{url}/-/ready", timeout=2).status_code == 200:
-                return
-        time.sleep(0.1)
-    raise PrometheusFailed(f"Prometheus did not become ready; its log, {log}, ends:\n{log.read_text()[-1000:]}")

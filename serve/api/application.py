@@ -37,11 +37,16 @@ Answer = Callable[[Scope, dict[bytes, bytes], Receive, Send], Awaitable[None]]
 Meter = Callable[[Passage, Mapping[bytes, bytes]], None]
 
 
-def exemplar_of(passage: Passage, headers: Mapping[bytes, bytes], *, is_traced: bool) -> TraceIds | None:
+def exemplar_of(passage: Passage, headers: Mapping[bytes, bytes], tracer: Tracer | None) -> TraceIds | None:
     """Return the trace that a request's exemplar leads to: its own, or where none is sent from here, its caller's."""
-    if is_traced:
+    if tracer is not None and tracer.sampling.follow:
         return passage.trace.ids if passage.trace is not None and passage.trace.is_sampled else None
     return sampled_trace(headers.get(b"traceparent"))
+
+
+def note_failure(passage: Passage, error: Exception) -> None:
+    """Note what ended a request, under the code that it is told with."""
+    passage.failed(problem(error).code, error)
 
 
 class Endpoint:
@@ -98,10 +103,10 @@ class Endpoint:
         try:
             await self._answer(scope, headers, receive, tracked)
         except asyncio.CancelledError:
-            passage.failed(problem(Cancelled()).code, Cancelled())
+            note_failure(passage, Cancelled())
             raise
         except Exception as error:
-            passage.failed(problem(error).code, error)
+            note_failure(passage, error)
             if passage.status and isinstance(error, Cancelled):
                 return
             if passage.status:

@@ -82,6 +82,16 @@ class ModelStatus:
         """Return whether requests are answered."""
         return self.phase == "ready"
 
+    @property
+    def replicas(self) -> dict[str, int]:
+        """Return how many replicas there are to be (`wanted`), and how many there are in each state."""
+        return {
+            "wanted": self.target_replicas,
+            "starting": self.scaling.starting,
+            "ready": self.ready_replicas,
+            "draining": self.scaling.draining,
+        }
+
 
 def version_of(revision: str | None) -> str:
     """Return the version that clients name: the declared revision in a form that is one part of a path, or `1`."""

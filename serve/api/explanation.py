@@ -22,12 +22,7 @@ def explanation(status: ModelStatus, kept: Kept, *, now: float) -> dict[str, Any
     look = None if scaling.is_fixed or kept.look is None else kept.look.told()
     return {
         "model": status.name,
-        "replicas": {
-            "wanted": status.target_replicas,
-            "starting": scaling.starting,
-            "ready": status.ready_replicas,
-            "draining": scaling.draining,
-        },
+        "replicas": status.replicas,
         "bounds": bounds,
         "target_ongoing_requests": scaling.target_ongoing_requests,
         "look": look,

@@ -16,7 +16,7 @@ from starlette.routing import BaseRoute, Route
 
 from serve import __version__
 from serve.api import documents, openai_surface
-from serve.api.application import Answer, Application, Endpoint, Meter, exemplar_of
+from serve.api.application import Answer, Application, Endpoint, Meter, exemplar_of, note_failure
 from serve.api.body import Uploads, check_media_type, json_type, parse_object, read_body
 from serve.api.directory import Directory, ModelStatus, find, not_ready
 from serve.api.errors import (
@@ -27,7 +27,6 @@ from serve.api.errors import (
     describe,
     open_inference_shape,
     openai_shape,
-    problem,
 )
 from serve.api.explanation import explanation
 from serve.api.forward import Reply, Upstream, UpstreamError
@@ -185,13 +184,13 @@ class GatewayRoutes:
         ]
 
     def _meter(self, protocol: str) -> Meter:
-        is_traced = self._tracer is not None and self._tracer.sampling.follow
+        tracer = self._tracer
 
         def ended(passage: Passage, headers: Mapping[bytes, bytes]) -> None:
             metrics = self._metrics.of(passage.model)
             if passage.is_raised:
                 metrics.objectives.failed(passage.outcome)
-            trace = exemplar_of(passage, headers, is_traced=is_traced)
+            trace = exemplar_of(passage, headers, tracer)
             metrics.requests.ended(protocol, passage.outcome, passage.ended - passage.began, trace)
 
         return ended
@@ -398,7 +397,7 @@ class GatewayRoutes:
             lost = self._lost(name, str(error))
             if not (is_started and is_events):
                 raise lost from error
-            passage.failed(problem(lost).code, lost)
+            note_failure(passage, lost)
             event = orjson.dumps(openai_shape(*describe(lost)))
             await send({"type": "http.response.body", "body": b"data: " + event + b"\n\n", "more_body": False})
         return True

@@ -43,13 +43,7 @@ def samples(models: Sequence[ModelStatus], insight: Insight) -> Iterator[Sample]
 
 def _of_model(status: ModelStatus) -> Iterator[Sample]:
     name, scaling = status.name, status.scaling
-    replicas = {
-        "wanted": status.target_replicas,
-        "starting": scaling.starting,
-        "ready": status.ready_replicas,
-        "draining": scaling.draining,
-    }
-    for state, count in replicas.items():
+    for state, count in status.replicas.items():
         yield Sample(named.SCALING_REPLICAS, name, (state,), count)
     for bound, count in (("min", scaling.min_replicas), ("max", scaling.max_replicas)):
         yield Sample(named.SCALING_BOUND, name, (bound,), count)

@@ -14,10 +14,10 @@ import orjson
 from starlette.routing import BaseRoute, Route
 
 from serve.api import documents, genai, openai_surface
-from serve.api.application import Answer, Application, Endpoint, Meter, exemplar_of
+from serve.api.application import Answer, Application, Endpoint, Meter, exemplar_of, note_failure
 from serve.api.body import Uploads, asked_encoding, check_media_type, compress, parse_object, read_body
 from serve.api.deadlines import timeout_s
-from serve.api.errors import describe, open_inference_shape, openai_shape, problem
+from serve.api.errors import describe, open_inference_shape, openai_shape
 from serve.api.explanation import unscaled
 from serve.api.multipart import parse_form
 from serve.api.open_inference import HEADER_LENGTH, OpenInference
@@ -130,10 +130,10 @@ class ModelRoutes:
     def _meter(self, protocol: str) -> Meter:
         metrics = self._host.metrics
         objectives = metrics.objectives
-        is_traced = self._tracer is not None and self._tracer.sampling.follow
+        tracer = self._tracer
 
         def ended(passage: Passage, headers: Mapping[bytes, bytes]) -> None:
-            trace = exemplar_of(passage, headers, is_traced=is_traced)
+            trace = exemplar_of(passage, headers, tracer)
             metrics.requests.ended(protocol, passage.outcome, passage.ended - passage.began, trace)
             if passage.outcome != "ok":
                 objectives.failed(passage.outcome)
@@ -371,7 +371,7 @@ class ModelRoutes:
         except Exception as error:
             if not started:
                 raise
-            passage.failed(problem(error).code, error)
+            note_failure(passage, error)
             await _send_events(send, [openai_shape(*describe(error))], end=b"")
         if started:
             await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from serve.runtime.predict import parsed, send
+from serve.runtime.predict import get
 
 _LONGEST_NAME = 34
 _NARROWEST = 16
@@ -24,7 +24,7 @@ def fetch_request(url: str, request_id: str) -> dict[str, Any]:
     Raises:
         RequestFailed: Nobody remembers it, or nobody answers.
     """
-    told: dict[str, Any] = parsed(send("GET", f"{url}/v2/requests/{quote(request_id, safe='')}"))
+    told: dict[str, Any] = get(f"{url}/v2/requests/{quote(request_id, safe='')}")
     return told
 
 

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -78,30 +79,36 @@ def start_tracing(settings: Settings, *, instance: str, model: str = "", passes_
         model, passes_on: As in `Tracer`.
     """
     recent = None if settings.metrics_dir is None else Recent(settings.metrics_dir, instance)
-    metrics = SpanMetrics.of(model, folder=settings.metrics_dir)
     collector = collector_of(settings)
-    if collector is None:
-        if recent is None:
-            return Tracing()
-        exporter = Exporter(None, recent=recent, metrics=metrics)
-        sampling = Sampling(ratio=0, follow=False, errors=False)
-        return Tracing(Tracer(sampling, exporter.take, model=model, passes_on=passes_on), exporter)
-    resource = {
+    if collector is None and recent is None:
+        return Tracing()
+    connect = None if collector is None else partial(OtlpSender, collector, _resource(instance))
+    metrics = SpanMetrics.of(model, folder=settings.metrics_dir)
+    exporter = Exporter(connect, recent=recent, metrics=metrics)
+    return Tracing(Tracer(_sampling(settings), exporter.take, model=model, passes_on=passes_on), exporter)
+
+
+def _resource(instance: str) -> dict[str, str]:
+    return {
         "service.name": "roundhouse",
         "service.version": __version__,
         "service.instance.id": instance,
         "host.name": socket.gethostname(),
     }
-    exporter = Exporter(lambda: OtlpSender(collector, resource), recent=recent, metrics=metrics)
+
+
+def _sampling(settings: Settings) -> Sampling:
+    """Return what is recorded; where no collector is set, what this node remembers alone."""
+    if settings.tracing_endpoint is None:
+        return Sampling(ratio=0, follow=False, errors=False)
     slow_ms = settings.tracing_slow_ms
-    sampling = Sampling(
+    return Sampling(
         ratio=settings.tracing_ratio,
         slow_s=None if slow_ms is None else slow_ms / 1000,
         errors=settings.tracing_errors,
         baggage=frozenset(settings.tracing_baggage),
         content=settings.tracing_content,
     )
-    return Tracing(Tracer(sampling, exporter.take, model=model, passes_on=passes_on), exporter)
 
 
 def exporter_modules(settings: Settings) -> Sequence[str]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve.telemetry.passage import Passage
-from serve.telemetry.traceparent import TraceIds, read_baggage, read_parent, write_parent
+from serve.telemetry.traceparent import Parent, TraceIds, read_baggage, read_parent, write_parent
 
 # What fails or is slow comes in crowds when the platform is in trouble, and then tracing must not add to it.
 _KEPT_A_SECOND = 10
@@ -82,6 +82,18 @@ class RequestTrace:
         self.tells_sampled = is_sampled
         self.batches: list[BatchTrace] = []
         self.attempts: list[Attempt] = []
+
+    @classmethod
+    def below(
+        cls, parent: Parent | None, headers: Mapping[bytes, bytes], *, is_sampled: bool, is_named: bool = False
+    ) -> RequestTrace:
+        """Return the trace of a request below its caller's span, or where there is none, one that begins here."""
+        if parent is None:
+            return cls(random.randbytes(16), _NO_PARENT, b"", is_sampled=is_sampled, is_named=is_named)
+        state = headers.get(b"tracestate", b"")
+        trace = cls(parent.trace_id, parent.span_id, state, is_sampled=is_sampled, is_named=is_named)
+        trace.tells_sampled = parent.is_sampled
+        return trace
 
     @property
     def ids(self) -> TraceIds:
@@ -187,9 +199,8 @@ class Tracer:
         self, sampling: Sampling, sink: Callable[[Record], None], *, model: str = "", passes_on: bool = False
     ) -> None:
         self.sampling = sampling
-        self.running: BatchTrace | None = (
-            None  # what the model computes now, where the collector gets it; read on its thread
-        )
+        #: What the model computes now, where the collector gets it; read on the model's thread.
+        self.running: BatchTrace | None = None
         self._sink = sink
         self._model = model
         self._passes_on = passes_on
@@ -208,12 +219,7 @@ class Tracer:
         is_named = b"x-request-id" in headers and self._named.take(time.monotonic())
         if not (is_sampled or is_named or self._passes_on):
             return None
-        if parent is None:
-            return RequestTrace(random.randbytes(16), _NO_PARENT, b"", is_sampled=is_sampled, is_named=is_named)
-        state = headers.get(b"tracestate", b"")
-        trace = RequestTrace(parent.trace_id, parent.span_id, state, is_sampled=is_sampled, is_named=is_named)
-        trace.tells_sampled = parent.is_sampled
-        return trace
+        return RequestTrace.below(parent, headers, is_sampled=is_sampled, is_named=is_named)
 
     def end(self, passage: Passage, scope: Mapping[str, Any], headers: Mapping[bytes, bytes], route: str) -> None:
         """Take a request that has ended; `passage.trace` is then that of a recorded one, or None."""
@@ -226,10 +232,7 @@ class Tracer:
                 return
             if trace is None:
                 parent = read_parent(headers.get(b"traceparent"))
-                trace_id = random.randbytes(16) if parent is None else parent.trace_id
-                parent_id = _NO_PARENT if parent is None else parent.span_id
-                trace = RequestTrace(trace_id, parent_id, headers.get(b"tracestate", b""), is_sampled=True)
-                passage.trace = trace
+                passage.trace = trace = RequestTrace.below(parent, headers, is_sampled=True)
             trace.is_sampled = is_kept
         baggage = read_baggage(headers.get(b"baggage"), self.sampling.baggage)
         self._sink(RequestRecord(passage, scope, headers, route, baggage, self.sampling.content))

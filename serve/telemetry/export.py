@@ -85,6 +85,8 @@ def start_tracing(settings: Settings, *, instance: str, model: str = "", passes_
     connect = None if collector is None else partial(OtlpSender, collector, _resource(instance))
     metrics = SpanMetrics.of(model, folder=settings.metrics_dir)
     exporter = Exporter(connect, recent=recent, metrics=metrics)
+    # Where nothing is sent, what is passed on keeps its caller's header, and needs no identifiers of ours.
+    passes_on = passes_on and collector is not None
     return Tracing(Tracer(_sampling(settings), exporter.take, model=model, passes_on=passes_on), exporter)
 
 

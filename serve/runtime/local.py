@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import math
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -45,6 +46,8 @@ _LOGICAL_MEMORY_BYTES = 10**13
 _DASHBOARD_PORT = 8265
 _SHORTEST_DRAIN_S = 120.0
 _DRAIN_POLL_S = 0.2
+# Above those that services are known by, and below those of connections: from 32,768 on Linux, 49,152 on macOS.
+_PORTS = range(20_000, 31_000)
 _NODE_WITHIN_S = 120.0
 
 # Elsewhere system libraries do not survive a fork.
@@ -138,12 +141,13 @@ class Platform:
         (self._folder / "token").write_text(secrets.token_hex(32))
         metrics_dir = self._settings.metrics_dir or self._folder / "metrics"
         os.environ.update(self._settings.replaced(metrics_dir=metrics_dir).as_environment())
-        os.environ.update(ray_environment(self._folder, ports=_free_ports(5), hard_stop_s=_drain_s(specs)))
+        ports = free_ports(9)  # the last is the highest: replicas have those above it to themselves
+        os.environ.update(ray_environment(self._folder, ports=ports[4:], hard_stop_s=_drain_s(specs)))
         if _CAN_FORK:
             modules = dict.fromkeys(map(module_of, specs))
             fork_server.start(self._folder, modules=[*modules, *exporter_modules(self._settings)])
         self._say("starting Ray")
-        self._start_ray()
+        self._start_ray(ports[:4])
         self._say("starting Ray Serve")
         self._start_serve()
 
@@ -160,12 +164,12 @@ class Platform:
         """Return what this machine has of the resources that Ray was told of without end."""
         return {"CPU": float(os.cpu_count() or 1), "memory": float(psutil.virtual_memory().total)}
 
-    def _start_ray(self) -> None:
+    def _start_ray(self, node_ports: Sequence[int]) -> None:
         import ray
 
         # The node's own processes take a while to come up; what Ray Serve needs is imported meanwhile.
         threading.Thread(target=importlib.import_module, args=("ray.serve",), daemon=True).start()
-        export_port, *ports = _free_ports(4)
+        export_port, *ports = node_ports
         try:
             with _lean_node(dashboard=self._dashboard, fork=_CAN_FORK, host=self._settings.host, ports=ports):
                 ray.init(
@@ -374,14 +378,24 @@ def _drain_s(specs: Sequence[ModelSpec]) -> float:
     return max([_SHORTEST_DRAIN_S, *(spec.deadline_ms / 1000 for spec in specs)])
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Return distinct ports that nothing listens on, ascending, for programs that will in a while.
+
+    None is one that the system itself gives to connections that are made: those may take it until then.
+    """
     import socket
 
-    probes = [socket.socket() for _ in range(count)]
+    probes: list[socket.socket] = []
     try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
+        while len(probes) < count:
+            probe = socket.socket()
+            try:
+                probe.bind(("", random.choice(_PORTS)))
+            except OSError:
+                probe.close()
+            else:
+                probes.append(probe)
+        return sorted(probe.getsockname()[1] for probe in probes)
     finally:
         for probe in probes:
             probe.close()

@@ -221,7 +221,8 @@ class LLMEngine:
     """Says each prompt again and ends; with a temperature, says tokens of it in any order, without an end.
 
     Outputs come one step behind, as they do where vLLM schedules ahead. A prompt that holds `crash` makes a step
-    raise, and an answer to one with `preempt` is broken off.
+    raise, an answer to one with `preempt` is broken off, and one with `stall` gets three tokens and then no turn, as a
+    request does that is preempted for want of memory.
     """
 
     #: All that were started, so that a test can see the one that a replica made.
@@ -277,7 +278,9 @@ class LLMEngine:
     def step(self) -> list[RequestOutput]:
         """Compute a token for as many requests as run together, and return what the step before brought."""
         self.steps += 1
-        running = [entry for entry in self._requests.items() if not self._ended(entry[1])]
+        running = [
+            entry for entry in self._requests.items() if not self._ended(entry[1]) and not self._stalls(entry[1])
+        ]
         running = running[: self.arguments.max_num_seqs]
         self.most = max(self.most, len(running))
         if any(self._says(request.prompt, "crash") for _, request in running):
@@ -291,6 +294,9 @@ class LLMEngine:
 
     def _says(self, tokens: list[int], word: str) -> bool:
         return word in self._tokenizer.decode(tokens)
+
+    def _stalls(self, request: _Request) -> bool:
+        return len(request.computed) > 2 and self._says(request.prompt, "stall")
 
     def _ended(self, request: _Request) -> bool:
         full = len(request.prompt) + len(request.computed) >= self.model_config.max_model_len

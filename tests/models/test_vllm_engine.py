@@ -31,8 +31,6 @@ from tests.models import fakes_vllm
 from tests.models.fakes_vllm import END, LLMEngine, write_bytes_model
 from tests.models.vllm_worker import CONTEXT, ask, loaded, scenario
 
-FOREVER = {"temperature": 1.0, "max_tokens": 10**6}
-
 
 def declared(folder: Path, *, gpus: float = 1.0, dtype: str = "auto", **options: Any) -> ModelSpec:
     return ModelSpec.model_validate(
@@ -286,11 +284,11 @@ def test_a_stream_that_is_released_is_aborted_and_brings_nothing_more(folder: Pa
     assert model.step() == []
 
 
-async def test_a_caller_who_leaves_frees_the_engine(tmp_path: Path, vllm: None) -> None:
-    spec = declared(write_bytes_model(tmp_path, context=10**6), context_tokens=10**6, slots=1)
+async def test_a_caller_who_leaves_frees_the_engine(folder: Path, vllm: None) -> None:
+    spec = declared(folder, slots=1)
     async with serving(spec) as host:
         warmed = len(engine().aborted)
-        stream = host.stream(ask("abc", **FOREVER))
+        stream = host.stream(ask("stall"))
         await anext(stream)
         await stream.aclose()  # type: ignore[attr-defined]
         await until(lambda: not engine().has_unfinished_requests())
@@ -320,15 +318,14 @@ async def test_an_answer_that_vllm_breaks_off_fails_alone(folder: Path, vllm: No
 
 
 async def test_an_engine_that_fails_takes_its_streams_along_and_has_its_replica_replaced(
-    tmp_path: Path, vllm: None
+    folder: Path, vllm: None
 ) -> None:
-    spec = declared(write_bytes_model(tmp_path, context=10**6), context_tokens=10**6)
-    async with serving(spec) as host:
+    async with serving(declared(folder)) as host:
         assert host.is_alive
         begun = asyncio.Event()
 
         async def read() -> None:
-            async for _ in host.stream(ask("abc", **FOREVER)):
+            async for _ in host.stream(ask("stall")):
                 begun.set()
 
         reader = asyncio.create_task(read())

@@ -117,7 +117,7 @@ def exporter_modules(settings: Settings) -> Sequence[str]:
     """Return what a process imports to send spans, for one that imports it for others."""
     if settings.tracing_endpoint is None:
         return ()
-    return (_MODULES[settings.tracing_protocol], "serve.telemetry.otel")
+    return (_MODULES[settings.tracing_protocol], "serve.telemetry.otlp", "serve.telemetry.otel")
 
 
 class Sender(Protocol):
@@ -213,35 +213,43 @@ class Exporter:
 
 
 class OtlpSender:
-    """OpenTelemetry's exporters, which retry within ten seconds and tell of a failure by their result.
+    """Sends by OpenTelemetry's exporters, which retry within ten seconds; they get messages that are ready to go.
 
     Args:
         resource: What the process is (OpenTelemetry resource attributes).
     """
 
     def __init__(self, collector: Collector, resource: Mapping[str, str]) -> None:
-        from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-
         self._exporter = otlp_exporter(collector)
-        self._resource = Resource(dict(resource))
-        self._scope = InstrumentationScope("roundhouse", __version__)
+        self._export = _message_export(self._exporter, collector.protocol)
+        self._resource = resource
         self._endpoint = collector.endpoint
 
     def send(self, spans: Sequence[Span]) -> None:
         """Send; raises ConnectionError where the collector does not take them."""
-        from opentelemetry.sdk.trace.export import SpanExportResult
-
-        from serve.telemetry.otel import readable
+        from serve.telemetry.otlp import request_of
 
         offset_ns = time.time_ns() - time.monotonic_ns()
-        told = [readable(span, offset_ns, self._resource, self._scope) for span in spans]
-        if self._exporter.export(told) is not SpanExportResult.SUCCESS:
+        if not self._export(
+            request_of(spans, offset_ns=offset_ns, resource=self._resource, scope=("roundhouse", __version__))
+        ):
             raise ConnectionError(f"{self._endpoint} refused them or did not answer")
 
     def close(self) -> None:
         """Break off what is being sent."""
         self._exporter.shutdown()
+
+
+def _message_export(exporter: Any, protocol: str) -> Callable[[Any], bool]:
+    """Return what sends a message as an exporter sends the spans that it encodes, and says whether it was taken."""
+    from opentelemetry.sdk.trace.export import SpanExportResult
+
+    if protocol == "grpc":
+        exporter._translate_data = lambda message: message
+        exporter._count_data = lambda message: len(message.resource_spans[0].scope_spans[0].spans)
+        return lambda message: exporter.export(message) is SpanExportResult.SUCCESS
+    client = exporter._client
+    return lambda message: bool(client.export(message.SerializeToString()).success)
 
 
 def otlp_exporter(collector: Collector) -> Any:

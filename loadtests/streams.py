@@ -107,7 +107,7 @@ async def _tokens_a_second(client: openai.AsyncOpenAI, streams: int, tokens: int
 
 
 async def _answer(client: openai.AsyncOpenAI, subject: str, tokens: int) -> int:
-    """Return how many tokens an answer had; ends with an error where it ended early, as the ratio would be of others."""
+    """Return how many tokens an answer had; ends with an error where they are too few to compare."""
     stream = await client.chat.completions.create(
         model=MODEL,
         messages=[{"role": "user", "content": f"Write a very long story about {subject}."}],
@@ -117,8 +117,8 @@ async def _answer(client: openai.AsyncOpenAI, subject: str, tokens: int) -> int:
         stream_options={"include_usage": True},
     )
     last: ChatCompletionChunk | None = None
-    async for last in stream:
-        pass
+    async for chunk in stream:
+        last = chunk
     if last is None or last.usage is None or last.usage.completion_tokens != tokens:
         sys.exit(f"an answer about {subject} ended early: {last}")
     return last.usage.completion_tokens

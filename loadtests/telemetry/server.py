@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ async def _serve(declaration: Path, port: int, mode: str, collector: str, folder
     tracer = start_tracing(settings, instance="replica", model=spec.name).tracer
     host = Host(spec, settings=settings, base_dir=declaration.parent, metrics=metrics, tracer=tracer)
     await host.load()
+    gc.freeze()  # as the process that replicas are forked from does
     app = build_model_app(host, settings=settings, tracer=tracer)
     await uvicorn.Server(server_config(app, host="127.0.0.1", port=port, keep_alive_s=60)).serve()
 

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 _EVERY_S = 1.0
 _MOST_WAITING = 4096
-_MOST_AT_ONCE = 256
+_MOST_AT_ONCE = 512
 _TIMEOUT_S = 10.0
 _TRACES_PATH = "/v1/traces"
 _MODULES = {
@@ -172,9 +172,10 @@ class Exporter:
     def _run(self) -> None:
         sender = None if self._connect is None else self._connect()
         while not (self._closing and not self._waiting):
-            self._wake.wait(_EVERY_S)
+            is_full = self._wake.wait(_EVERY_S) and not self._closing
             self._wake.clear()
-            while self._waiting:
+            # What came while others were sent waits for more: a message costs as much as a hundred requests.
+            while len(self._waiting) >= (_MOST_AT_ONCE if is_full else 1):
                 self._send(sender)
             self._tell_overflow()
         if sender is not None:
@@ -240,16 +241,17 @@ class OtlpSender:
         self._exporter.shutdown()
 
 
-def _message_export(exporter: Any, protocol: str) -> Callable[[Any], bool]:
+def _message_export(exporter: Any, protocol: str) -> Callable[[bytes], bool]:
     """Return what sends a message as an exporter sends the spans that it encodes, and says whether it was taken."""
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
     from opentelemetry.sdk.trace.export import SpanExportResult
 
     if protocol == "grpc":
-        exporter._translate_data = lambda message: message
-        exporter._count_data = lambda message: len(message.resource_spans[0].scope_spans[0].spans)
+        exporter._translate_data = ExportTraceServiceRequest.FromString
+        exporter._count_data = lambda _: 0  # counted by the Exporter
         return lambda message: exporter.export(message) is SpanExportResult.SUCCESS
     client = exporter._client
-    return lambda message: bool(client.export(message.SerializeToString()).success)
+    return lambda message: bool(client.export(message).success)
 
 
 def otlp_exporter(collector: Collector) -> Any:

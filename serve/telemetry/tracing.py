@@ -158,7 +158,7 @@ class BatchTrace:
         self.error = "" if error is None else type(error).__name__
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RequestRecord:
     """A request that has ended, with what its span is made from.
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
@@ -80,7 +81,8 @@ def as_the_sdk_has_it(span: Span) -> ReadableSpan:
 
 
 def sent(told: list[Span]) -> Any:
-    return request_of(told, offset_ns=OFFSET_NS, resource=RESOURCE, scope=SCOPE)
+    sent = request_of(told, offset_ns=OFFSET_NS, resource=RESOURCE, scope=SCOPE)
+    return ExportTraceServiceRequest.FromString(sent)
 
 
 @given(st.lists(spans, min_size=1, max_size=4))

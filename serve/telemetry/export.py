@@ -174,8 +174,8 @@ class Exporter:
         while not (self._closing and not self._waiting):
             is_full = self._wake.wait(_EVERY_S) and not self._closing
             self._wake.clear()
-            # What came while others were sent waits for more: a message costs as much as a hundred requests.
-            while len(self._waiting) >= (_MOST_AT_ONCE if is_full else 1):
+            # What comes while others are sent waits for more: a message costs as much as a hundred requests.
+            for _ in range(len(self._waiting) // _MOST_AT_ONCE + (not is_full)):
                 self._send(sender)
             self._tell_overflow()
         if sender is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -100,6 +101,31 @@ def test_a_hung_collector_costs_spans_and_no_memory(tmp_path: Path):
     assert told["exported"] + told["dropped"] == 10_001
     assert 4096 <= told["exported"] <= 4097
     assert max(gate.sent) <= 512
+
+
+def test_what_comes_while_others_are_sent_goes_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("serve.telemetry.export._EVERY_S", 3600.0)
+
+    class Busy(Gate):
+        comes = True
+
+        def send(self, spans: Sequence[Span]) -> None:
+            super().send(spans)
+            for _ in range(3 if self.comes else 0):
+                exporter.take(batch())
+
+    gate = Busy()
+    exporter = Exporter(lambda: gate, metrics=SpanMetrics.of("m", folder=tmp_path))
+    for _ in range(512):
+        exporter.take(batch())
+    assert gate.entered.wait(20)
+    gate.open.set()
+    deadline = time.monotonic() + 20
+    while not gate.sent and time.monotonic() < deadline:
+        time.sleep(0.01)
+    gate.comes = False
+    exporter.close(20)
+    assert gate.sent == [512, 3]
 
 
 def test_a_collector_that_refuses_is_told_of_once_and_tried_again(tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -90,7 +90,7 @@ class Settings(BaseModel):
         default=None, gt=0, description="Requests that took longer are kept besides, ten a second and process at most."
     )
     tracing_errors: bool = Field(
-        default=True, description="Requests answered with 500 or above are kept besides, as many."
+        default=True, description="Requests that failed by our fault are kept besides, as many."
     )
     tracing_baggage: tuple[str, ...] = Field(
         default=(), description="Keys of the `baggage` header whose values spans may hold."

@@ -63,6 +63,13 @@ class Passage:
         passage: Passage = scope[_KEY]
         return passage
 
+    @property
+    def is_fault(self) -> bool:
+        """Whether it failed by our fault, be it after its answer began; a client that leaves has not met one."""
+        if self.outcome == "client_closed_request":
+            return False
+        return self.status >= 500 or (self.outcome != "ok" and not 400 <= self.status < 500)
+
     def enter(self, scope: MutableMapping[str, Any]) -> None:
         """Become what `of` returns."""
         scope[_KEY] = self

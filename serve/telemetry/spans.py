@@ -105,7 +105,6 @@ def _request(record: RequestRecord, trace: RequestTrace) -> Span:
     _take(attributes, "roundhouse.request_id", record.headers.get(b"x-request-id"))
     for key, value in record.baggage.items():
         attributes[f"baggage.{key}"] = value
-    is_ours = passage.status >= 500 or (passage.outcome != "ok" and not 400 <= passage.status < 500)
     is_early = not passage.arrived and passage.outcome not in ("ok", "client_closed_request") and not trace.attempts
     return Span(
         f"{scope['method']} {record.route}",
@@ -117,8 +116,7 @@ def _request(record: RequestRecord, trace: RequestTrace) -> Span:
         passage.ended,
         attributes,
         [("exception", passage.ended, _exception(record))] if is_early else [],
-        # A client that leaves has not met a fault of ours.
-        error=passage.outcome if is_ours and passage.outcome != "client_closed_request" else None,
+        error=passage.outcome if passage.is_fault else None,
         state=trace.state,
     )
 

@@ -31,7 +31,7 @@ class Sampling:
         ratio: Share of the requests without a caller's decision that are.
         follow: Whether the caller's decision is followed; without it no request is sampled at its head.
         slow_s: A request that took longer is kept at its end; None keeps none for that.
-        errors: Whether one that failed by our fault (status 500 and above) is.
+        errors: Whether one that failed by our fault is: with status 500 and above, or after its answer began.
         baggage: Keys of the caller's baggage that spans may hold.
         content: Whether spans may hold what clients sent and what errors say of it.
     """
@@ -206,7 +206,7 @@ class Tracer:
         self._passes_on = passes_on
         self._ratio = sampling.ratio
         self._slow_s = float("inf") if sampling.slow_s is None else sampling.slow_s
-        self._errors_from = 500 if sampling.errors else 1000
+        self._keeps_faults = sampling.errors
         self._kept = _Allowance(_KEPT_A_SECOND)
         self._named = _Allowance(_NAMED_A_SECOND)
         self._follow = sampling.follow
@@ -226,7 +226,7 @@ class Tracer:
         trace = passage.trace
         if trace is None or not trace.is_sampled:
             is_slow = passage.ended - passage.began > self._slow_s
-            is_kept = (is_slow or passage.status >= self._errors_from) and self._kept.take(passage.ended)
+            is_kept = (is_slow or (self._keeps_faults and passage.is_fault)) and self._kept.take(passage.ended)
             if not is_kept and (trace is None or not trace.is_named):
                 passage.trace = None
                 return

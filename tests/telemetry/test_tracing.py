@@ -21,11 +21,19 @@ def tracer(sampling: Sampling, **options: Any) -> tuple[Tracer, list[Record]]:
     return Tracer(sampling, taken.append, **options), taken
 
 
-def ask(one: Tracer, header: str | None = None, *, seconds: float = 0.1, status: int = 200, at: float = 7.0) -> Passage:
+def ask(
+    one: Tracer,
+    header: str | None = None,
+    *,
+    seconds: float = 0.1,
+    status: int = 200,
+    outcome: str = "ok",
+    at: float = 7.0,
+) -> Passage:
     headers = {} if header is None else {b"traceparent": header.encode()}
     passage = Passage()
     passage.trace = one.begin(headers)
-    passage.began, passage.ended, passage.status = at - seconds, at, status
+    passage.began, passage.ended, passage.status, passage.outcome = at - seconds, at, status, outcome
     one.end(passage, SCOPE, headers, "/infer")
     return passage
 
@@ -76,7 +84,9 @@ def test_what_was_slow_or_failed_is_kept_at_its_end():
     kept = ask(one, f"00-{TRACE}-{SPAN}-00", status=500).trace
     assert kept is not None
     assert (kept.trace_id.hex(), kept.parent_id.hex()) == (TRACE, SPAN)
-    assert len(taken) == 2
+    assert ask(one, outcome="internal_error").trace is not None  # a stream that failed under way
+    assert ask(one, outcome="client_closed_request").trace is None
+    assert len(taken) == 3
     other, none = tracer(Sampling(ratio=0, errors=False))
     ask(other, status=503)
     assert none == []

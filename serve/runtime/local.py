@@ -302,10 +302,14 @@ def _lean_node(*, dashboard: bool, fork: bool, host: str, ports: Sequence[int]) 
     raylets: list[Any] = []
     start_process = services.start_ray_process
 
-    def start_with_port(command: list[str], process_type: str, *arguments: Any, **named: Any) -> Any:
-        """Tell the raylet the one port that Ray tells its agent alone."""
+    def start_apart(command: list[str], process_type: str, *arguments: Any, **named: Any) -> Any:
+        """Tell the raylet the one port that Ray tells its agent alone, and keep the end of the terminal from the node.
+
+        Ray does so for Ctrl-C: those that would have to drain would be the first to go.
+        """
         more = [f"--dashboard_agent_listen_port={ports[-1]}"] if process_type == "raylet" else []
-        return start_process([*command, *more], process_type, *arguments, **named)
+        with _blocked(signal.SIGHUP):
+            return start_process([*command, *more], process_type, *arguments, **named)
 
     def start_and_announce(self: Any, *arguments: Any, **named: Any) -> None:
         start_raylet(self, *arguments, **named)
@@ -333,7 +337,7 @@ def _lean_node(*, dashboard: bool, fork: bool, host: str, ports: Sequence[int]) 
         named["worker_path"] = str(fork_server.LAUNCHER)
     node.Node.start_raylet = start_and_announce
     parameter.RayParams = functools.partial(params, no_monitor=True, include_log_monitor=False, **named)
-    services.get_node, services.start_ray_process = wait_for_node, start_with_port
+    services.get_node, services.start_ray_process = wait_for_node, start_apart
     if not dashboard:
         node.Node.start_api_server = lambda self, **_: None  # noqa: ARG005
     try:
@@ -342,6 +346,16 @@ def _lean_node(*, dashboard: bool, fork: bool, host: str, ports: Sequence[int]) 
         parameter.RayParams = params
         node.Node.start_api_server, node.Node.start_raylet = start_api_server, start_raylet
         services.get_node, services.start_ray_process = get_node, start_process
+
+
+@contextlib.contextmanager
+def _blocked(number: signal.Signals) -> Iterator[None]:
+    """Keep a signal from the processes that this thread starts here, for as long as they live."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def require_free_port(host: str, port: int) -> None:

@@ -297,6 +297,24 @@ def test_down_answers_what_is_in_flight_and_leaves_no_process_port_or_file(tmp_p
         assert list((tmp_path / "state").glob("*")) == []
 
 
+def test_a_closed_terminal_drains_and_leaves_no_process(tmp_path: Path):
+    (tmp_path / "model.py").write_text(CLASS)
+    declaration = tmp_path / "models.yaml"
+    mark = tmp_path / "mark"
+    declaration.write_text("models:\n" + entry("slow", "Slow", f", arguments: {{mark: '{mark}'}}"))
+    with running_platform(declaration, tmp_path) as running, ThreadPoolExecutor() as pool:
+        running.wait_for("slow")
+        in_flight = pool.submit(infer, running.url, "slow", [3])
+        wait_until(mark.exists)
+        family = psutil.Process(running.process.pid).children(recursive=True)
+        # Its terminal's kernel tells every process of the group, and a shell tells once more.
+        os.killpg(running.process.pid, signal.SIGHUP)
+        os.kill(running.process.pid, signal.SIGHUP)
+        assert running.process.wait(timeout=60) == 0
+        assert in_flight.result().status_code == 200
+        wait_until(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in family))
+
+
 def test_a_wrong_declaration_starts_nothing(tmp_path: Path):
     import subprocess
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -17,7 +18,7 @@ from starlette.routing import BaseRoute, Route
 from serve import __version__
 from serve.api import documents, openai_surface
 from serve.api.application import Answer, Application, Endpoint, Meter, exemplar_of, note_failure
-from serve.api.body import Uploads, check_media_type, json_type, parse_object, read_body
+from serve.api.body import Uploads, check_media_type, json_type, parse_object, quoted, read_apart, read_body
 from serve.api.directory import Directory, ModelStatus, find, not_ready
 from serve.api.errors import (
     OUTCOMES_OF_STATUS,
@@ -255,7 +256,7 @@ class GatewayRoutes:
         body = await read_body(headers, receive, limit=65536, uploads=self._uploads)
         only_ready = parse_object(body).get("ready", False) if body.strip() else False
         if type(only_ready) is not bool:
-            raise InvalidInput(f"must be true or false, not {only_ready!r:.60}", place="ready")
+            raise InvalidInput(f"must be true or false, not {quoted(only_ready)}", place="ready")
         entries = [index_entry(status) for status in self._directory.models() if status.ready or not only_ready]
         await send_bytes(send, 200, [JSON_HEADER, *echoed(headers)], orjson.dumps(entries))
 
@@ -314,7 +315,8 @@ class GatewayRoutes:
             models = self._directory.models()
             limit = max((status.max_request_bytes for status in models), default=2**20)
             body = await read_body(headers, receive, limit=limit, uploads=self._uploads)
-            name = form_model(headers.get(b"content-type"), body) if is_form else body_model(body)
+            read = partial(form_model, headers.get(b"content-type")) if is_form else body_model
+            name = await read_apart(read, body)
             status = find(self._directory, name)
             passage = Passage.of(scope)
             passage.model = status.name

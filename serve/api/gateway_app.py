@@ -19,6 +19,7 @@ from serve import __version__
 from serve.api import documents, openai_surface
 from serve.api.application import Answer, Application, Endpoint, Meter, exemplar_of, note_failure
 from serve.api.body import Uploads, check_media_type, json_type, parse_object, quoted, read_apart, read_body
+from serve.api.deadlines import HEADER, timeout_s
 from serve.api.directory import Directory, ModelStatus, find, not_ready
 from serve.api.errors import (
     OUTCOMES_OF_STATUS,
@@ -338,14 +339,21 @@ class GatewayRoutes:
         """Pass a request on to a replica of a model that is ready.
 
         Proxies learn of a new replica within moments, each in its own time: until one does, nothing was computed, and
-        the request is sent again.
+        the request is sent again, with what is left of its deadline.
         """
+        wait_s = timeout_s(dict(headers))
+        began = time.monotonic()
         headers.append((_PASSED_ALONG, b"1"))
-        ends = time.monotonic() + _ROUTE_WAIT_S
         while not await self._attempt(name, passage, method, path, headers, body, send):
             status = find(self._directory, name)
-            if not status.ready or time.monotonic() > ends:
+            waited_s = time.monotonic() - began
+            if not status.ready or waited_s > _ROUTE_WAIT_S:
                 raise _unreachable(status)
+            if wait_s is not None:
+                left_s = wait_s - waited_s - _ROUTE_POLL_S
+                if left_s <= 0:
+                    raise DeadlineExceeded(f"{_unreachable(status)}; the request's {wait_s:g} s are over")
+                headers = [*(header for header in headers if header[0] != HEADER), (HEADER, b"%.3f" % (left_s * 1000))]
             await asyncio.sleep(_ROUTE_POLL_S)
 
     async def _attempt(

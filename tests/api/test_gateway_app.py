@@ -308,3 +308,28 @@ async def test_a_model_that_stops_being_ready_is_waited_for_no_longer() -> None:
         async with proxied(Front({}), Watched(lambda models: models.phases.update(embed="loading"))) as client:
             reply = await client.post(path, json=body)
             assert refused(reply)[:2] == (503, "model 'embed' is not ready (loading)")
+
+
+@pytest.mark.parametrize("path", ["/v2/models/embed/infer", "/v1/embeddings"])
+async def test_a_route_is_waited_for_no_longer_than_the_caller_waits(path: str) -> None:
+    body = ASKED if path.startswith("/v2") else {"model": "embed", "input": "a b"}
+    async with proxied(Front({}), Models({"embed": "ready"})) as client:
+        reply = await client.post(path, json=body, headers={"x-request-timeout-ms": "500"}, timeout=60)
+    assert reply.status_code == 504
+    assert "its route is being set up; the request's 0.5 s are over" in refused(reply)[1]
+
+
+async def test_a_request_that_waited_for_a_route_has_what_is_left_of_its_deadline() -> None:
+    told: list[float] = []
+
+    async def model(scope: Any, receive: Any, send: Any) -> None:
+        told.append(float(dict(scope["headers"])[b"x-request-timeout-ms"]))
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    front = Front({})
+    async with proxied(front, Watched(lambda _: front.apps.update(embed=model))) as client:
+        body = {"model": "embed", "input": "a b"}
+        reply = await client.post("/v1/embeddings", json=body, headers={"x-request-timeout-ms": "60000"})
+    assert reply.status_code == 200
+    assert 0 < told[0] < 60_000

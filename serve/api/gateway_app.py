@@ -37,6 +37,7 @@ from serve.api.multipart import parse_form
 from serve.api.pages import gateway_page
 from serve.api.wire import (
     JSON_HEADER,
+    PROXYS_OWN,
     Headers,
     Receive,
     Scope,
@@ -414,7 +415,7 @@ class GatewayRoutes:
 
     async def _check_refusal(self, name: str, reply: Reply) -> None:
         """Turn what the proxy or Ray says in its own words into the protocol's; a replica always answers in JSON."""
-        if _is_json(reply):
+        if _is_json(reply) and PROXYS_OWN not in reply.headers:
             return
         if reply.status == 408:
             raise DeadlineExceeded(f"model {name!r} did not answer in time")

@@ -176,6 +176,10 @@ async def scripted(answer: bytes) -> AsyncIterator[tuple[str, list[int]]]:
 
 
 PROXY_500 = b"HTTP/1.1 500 Internal Server Error\r\ncontent-type: text/plain\r\ncontent-length: 5\r\n\r\noops\n"
+PROXYS_503 = (
+    b"HTTP/1.1 503 Service Unavailable\r\nx-roundhouse-proxy: 1\r\ncontent-type: application/json\r\n"
+    b'content-length: 15\r\n\r\n{"error": "no"}'
+)
 RAY_404 = b"HTTP/1.1 404 Not Found\r\ncontent-type: text/plain\r\ncontent-length: 2\r\n\r\nno"
 RAY_408 = b"HTTP/1.1 408 Request Timeout\r\ncontent-type: text/plain\r\ncontent-length: 2\r\n\r\nno"
 CUT = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 50\r\n\r\n{"
@@ -187,6 +191,8 @@ CUT_STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-en
     [
         (PROXY_500, "ready", 503, "replica_lost"),
         (PROXY_500, "starting", 503, "model_not_ready"),
+        (PROXYS_503, "ready", 503, "replica_lost"),
+        (PROXYS_503, "starting", 503, "model_not_ready"),
         (RAY_404, "starting", 503, "model_not_ready"),
         (RAY_408, "ready", 504, "deadline_exceeded"),
         (b"", "ready", 503, "replica_lost"),

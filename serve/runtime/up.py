@@ -23,7 +23,7 @@ from serve.declaration import Declaration, load_declaration
 from serve.errors import SpecError
 from serve.runtime import state
 from serve.runtime.board import Board, settled, time_spent
-from serve.runtime.local import Platform, has_haproxy
+from serve.runtime.local import Platform, PlatformError, has_haproxy
 from serve.runtime.logs import Follower, serious
 from serve.settings import Settings
 from serve.spec import ModelSpec
@@ -149,7 +149,9 @@ class Up:
     def _ask(self, asker: Asker) -> list[ModelStatus] | None:
         """Return the models' state, or None while Ray does not tell: it brings a lost controller back by itself."""
         try:
-            models = asker.ask()
+            models = self._platform.attended(asker.ask)
+        except PlatformError:
+            raise
         except Exception as error:
             if not self._is_deaf:
                 self._board.say(f"Ray does not tell how the models are ({type(error).__name__}); asking again")
@@ -194,6 +196,8 @@ class Up:
             return None
         try:
             changes = self._platform.apply(declaration.models, base_dir=declaration.base_dir)
+        except PlatformError:
+            raise
         except Exception as error:
             self._board.say(f"{self._path.name} changed, and Ray did not take it ({error}); trying again")
             self._seen = b""
@@ -239,6 +243,6 @@ def up(path: Path, *, settings: Settings, dashboard: bool = False) -> int:
 
     Raises:
         SpecError: The declaration is wrong; nothing was started.
-        PlatformError: Ray did not start or the port is taken.
+        PlatformError: Ray did not start, the port is taken, or Ray's node ended while it served.
     """
     return Up(path, settings=settings, dashboard=dashboard).run()

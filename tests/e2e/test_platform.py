@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import threading
@@ -312,6 +314,21 @@ def test_a_closed_terminal_drains_and_leaves_no_process(tmp_path: Path):
         os.kill(running.process.pid, signal.SIGHUP)
         assert running.process.wait(timeout=60) == 0
         assert in_flight.result().status_code == 200
+        wait_until(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in family))
+
+
+def test_a_node_that_ends_is_told_with_its_log_and_leaves_no_process(tmp_path: Path):
+    (tmp_path / "model.py").write_text(CLASS)
+    declaration = tmp_path / "models.yaml"
+    declaration.write_text("models:\n" + entry("one"))
+    with running_platform(declaration, tmp_path) as running:
+        running.wait_for("one")
+        family = psutil.Process(running.process.pid).children(recursive=True)
+        next(process for process in family if process.name() == "raylet").kill()
+        assert running.process.wait(timeout=60) == 1
+        [told] = re.findall(r"Ray's raylet has ended \(signal 9\).* look into (\S+)", running.log.read_text())
+        assert Path(told).is_file()
+        shutil.rmtree(Path(told).parents[1])
         wait_until(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in family))
 
 

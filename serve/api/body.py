@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import itertools
 import json
 import re
+import reprlib
 import zlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import orjson
 
@@ -20,8 +24,15 @@ _READABLE_TYPES = frozenset(
 _WINDOW_BITS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 _INLINE_BYTES = 256 * 1024
 _DEEPEST = 32
+# The parser lets nothing else run: as many as these take it a twentieth of a second, on top of what numbers take.
+_MOST_PARTS = 1_000_000
+_MOST_KEYS = 100_000
 # A quote that ends a key stands before a colon. In a string it follows a backslash, and only counts too much.
 _KEY = re.compile(rb'"[ \t\r\n]*:')
+# Possessive: a string of many escapes would have it keep a way back for each.
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+
+Result = TypeVar("Result")
 
 
 def check_media_type(headers: dict[bytes, bytes]) -> None:
@@ -192,24 +203,66 @@ def asked_encoding(headers: dict[bytes, bytes]) -> str | None:
     return name if name in _WINDOW_BITS else None
 
 
+async def read_apart(read: Callable[[bytes], Result], body: bytes) -> Result:
+    """Return what a body says; one that is large is read beside the event loop, which goes on with other requests."""
+    return read(body) if len(body) <= _INLINE_BYTES else await asyncio.to_thread(read, body)
+
+
 def parse_object(raw: bytes | memoryview) -> dict[str, Any]:
     """Parse a JSON object strictly.
 
     Raises:
+        PayloadTooLarge: It has more lists, objects, strings or keys than a request needs; nothing is parsed then.
         InvalidInput: It is empty, no JSON (NaN and Infinity are none), no UTF-8, nested too deeply, no object, or a key
             stands twice.
     """
     if not raw:
         raise InvalidInput("is empty; a JSON object belongs here", place="body")
-    try:
-        document = orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
-        raise InvalidInput(f"is not valid JSON: {error}", place="body") from error
+    if len(raw) > _INLINE_BYTES:
+        raw = bytes(raw)
+        _check_parts(raw)
+    document = _parsed(raw)
     if type(document) is not dict:
         raise InvalidInput(f"must be a JSON object, not {json_type(document)}", place="body")
-    if _count_keys(document, 0) != len(_KEY.findall(raw)):
+    keys = _count_keys(document, 0)
+    if sum(1 for _ in itertools.islice(_KEY.finditer(raw), keys + 1)) != keys:
         _refuse_duplicates(raw)
     return document
+
+
+def _check_parts(raw: bytes) -> None:
+    """Refuse a body of too many parts, counted without parsing it; what stands in strings counts for nothing."""
+    quotes, lists, objects, colons = map(raw.count, (b'"', b"[", b"{", b":"))
+    if quotes // 2 + lists + objects <= _MOST_PARTS and colons + objects <= _MOST_KEYS:
+        return
+    parts = keys = place = 0
+    for string in itertools.chain(_STRING.finditer(raw), (None,)):
+        end = len(raw) if string is None else string.start()
+        objects = raw.count(b"{", place, end)
+        parts += raw.count(b"[", place, end) + objects + 1
+        keys += raw.count(b":", place, end) + objects
+        if parts > _MOST_PARTS + 1:
+            raise PayloadTooLarge(
+                f"has more than {_MOST_PARTS} lists, objects and strings; send tensors flat, or as binary data",
+                place="body",
+            )
+        if keys > _MOST_KEYS:
+            raise PayloadTooLarge(f"has more than {_MOST_KEYS} keys and objects", place="body")
+        if string is not None:
+            place = string.end()
+
+
+def _parsed(raw: bytes | memoryview) -> Any:
+    # A million new lists have the collector look at all of them several times; none of them is garbage yet.
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise InvalidInput(f"is not valid JSON: {error}", place="body") from error
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _count_keys(value: dict[str, Any], depth: int) -> int:
@@ -236,8 +289,11 @@ def _refuse_duplicates(raw: bytes | memoryview) -> None:
                 raise InvalidInput(f"the key {key[:80]!r} stands twice in one object", place="body")
             seen.add(key)
 
+    def number(_: str) -> None:
+        """Let other threads have their turns: without this Python would parse all of them in one."""
+
     try:
-        json.loads(bytes(raw), object_pairs_hook=unique)
+        json.loads(bytes(raw), object_pairs_hook=unique, parse_int=number, parse_float=number)
     except (RecursionError, ValueError) as error:
         raise InvalidInput("is nested too deeply", place="body") from error
 
@@ -248,3 +304,13 @@ _JSON_TYPES = {dict: "an object", list: "a list", str: "a string", bool: "a bool
 def json_type(value: object) -> str:
     """Return what JSON calls a parsed value, with its article."""
     return _JSON_TYPES.get(type(value), "a number")
+
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlist = _BRIEF.maxdict = 16
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 100
+
+
+def quoted(value: object) -> str:
+    """Return a parsed value as an error shows it; no more of a long one is looked at than that."""
+    return _BRIEF.repr(value)[:60]

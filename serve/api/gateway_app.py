@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -17,7 +18,8 @@ from starlette.routing import BaseRoute, Route
 from serve import __version__
 from serve.api import documents, openai_surface
 from serve.api.application import Answer, Application, Endpoint, Meter, exemplar_of, note_failure
-from serve.api.body import Uploads, check_media_type, json_type, parse_object, read_body
+from serve.api.body import Uploads, check_media_type, json_type, parse_object, quoted, read_apart, read_body
+from serve.api.deadlines import HEADER, timeout_s
 from serve.api.directory import Directory, ModelStatus, find, not_ready
 from serve.api.errors import (
     OUTCOMES_OF_STATUS,
@@ -35,6 +37,7 @@ from serve.api.multipart import parse_form
 from serve.api.pages import gateway_page
 from serve.api.wire import (
     JSON_HEADER,
+    PROXYS_OWN,
     Headers,
     Receive,
     Scope,
@@ -255,7 +258,7 @@ class GatewayRoutes:
         body = await read_body(headers, receive, limit=65536, uploads=self._uploads)
         only_ready = parse_object(body).get("ready", False) if body.strip() else False
         if type(only_ready) is not bool:
-            raise InvalidInput(f"must be true or false, not {only_ready!r:.60}", place="ready")
+            raise InvalidInput(f"must be true or false, not {quoted(only_ready)}", place="ready")
         entries = [index_entry(status) for status in self._directory.models() if status.ready or not only_ready]
         await send_bytes(send, 200, [JSON_HEADER, *echoed(headers)], orjson.dumps(entries))
 
@@ -314,7 +317,8 @@ class GatewayRoutes:
             models = self._directory.models()
             limit = max((status.max_request_bytes for status in models), default=2**20)
             body = await read_body(headers, receive, limit=limit, uploads=self._uploads)
-            name = form_model(headers.get(b"content-type"), body) if is_form else body_model(body)
+            read = partial(form_model, headers.get(b"content-type")) if is_form else body_model
+            name = await read_apart(read, body)
             status = find(self._directory, name)
             passage = Passage.of(scope)
             passage.model = status.name
@@ -336,14 +340,21 @@ class GatewayRoutes:
         """Pass a request on to a replica of a model that is ready.
 
         Proxies learn of a new replica within moments, each in its own time: until one does, nothing was computed, and
-        the request is sent again.
+        the request is sent again, with what is left of its deadline.
         """
+        wait_s = timeout_s(dict(headers))
+        began = time.monotonic()
         headers.append((_PASSED_ALONG, b"1"))
-        ends = time.monotonic() + _ROUTE_WAIT_S
         while not await self._attempt(name, passage, method, path, headers, body, send):
             status = find(self._directory, name)
-            if not status.ready or time.monotonic() > ends:
+            waited_s = time.monotonic() - began
+            if not status.ready or waited_s > _ROUTE_WAIT_S:
                 raise _unreachable(status)
+            if wait_s is not None:
+                left_s = wait_s - waited_s - _ROUTE_POLL_S
+                if left_s <= 0:
+                    raise DeadlineExceeded(f"{_unreachable(status)}; the request's {wait_s:g} s are over")
+                headers = [*(header for header in headers if header[0] != HEADER), (HEADER, b"%.3f" % (left_s * 1000))]
             await asyncio.sleep(_ROUTE_POLL_S)
 
     async def _attempt(
@@ -404,7 +415,7 @@ class GatewayRoutes:
 
     async def _check_refusal(self, name: str, reply: Reply) -> None:
         """Turn what the proxy or Ray says in its own words into the protocol's; a replica always answers in JSON."""
-        if _is_json(reply):
+        if _is_json(reply) and PROXYS_OWN not in reply.headers:
             return
         if reply.status == 408:
             raise DeadlineExceeded(f"model {name!r} did not answer in time")

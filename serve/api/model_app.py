@@ -15,7 +15,7 @@ from starlette.routing import BaseRoute, Route
 
 from serve.api import documents, genai, openai_surface
 from serve.api.application import Answer, Application, Endpoint, Meter, exemplar_of, note_failure
-from serve.api.body import Uploads, asked_encoding, check_media_type, compress, parse_object, read_body
+from serve.api.body import Uploads, asked_encoding, check_media_type, compress, parse_object, read_apart, read_body
 from serve.api.deadlines import timeout_s
 from serve.api.errors import describe, open_inference_shape, openai_shape
 from serve.api.explanation import unscaled
@@ -248,7 +248,7 @@ class ModelRoutes:
         check_media_type(headers)
         body = await read_body(headers, receive, limit=self._limit, uploads=self._uploads)
         self._tell_content(scope, body)
-        request = self._protocol.read(body, headers.get(HEADER_LENGTH))
+        request = await read_apart(partial(self._protocol.read, header_length=headers.get(HEADER_LENGTH)), body)
         if request.timeout_s is not None:
             wait_s = request.timeout_s if wait_s is None else min(wait_s, request.timeout_s)
         results = await self._infer(scope, request.items, receive, timeout_s=wait_s, size_bytes=len(body))
@@ -267,7 +267,9 @@ class ModelRoutes:
         check_media_type(headers)
         body = await read_body(headers, receive, limit=self._limit, uploads=self._uploads)
         self._tell_content(scope, body)
-        request = openai_surface.read_embeddings(parse_object(body), self._spec, self._signature)
+        request = await read_apart(
+            lambda raw: openai_surface.read_embeddings(parse_object(raw), self._spec, self._signature), body
+        )
         items = [{"text": text} for text in request.texts]
         with _about_field("input"):
             results = await self._infer(scope, items, receive, timeout_s=wait_s, size_bytes=len(body))
@@ -283,7 +285,7 @@ class ModelRoutes:
         openai_surface.check_task("audio/transcriptions", self._spec)
         wait_s = timeout_s(headers)
         body = await read_body(headers, receive, limit=self._limit, uploads=self._uploads)
-        form = parse_form(headers.get(b"content-type"), body)
+        form = await read_apart(partial(parse_form, headers.get(b"content-type")), body)
         request = openai_surface.read_transcription(form, self._spec, self._signature)
         with _about_field("file"):
             results = await self._infer(scope, [request.item], receive, timeout_s=wait_s, size_bytes=len(body))
@@ -316,7 +318,7 @@ class ModelRoutes:
             check_media_type(headers)
             body = await read_body(headers, receive, limit=self._limit, uploads=self._uploads)
             self._tell_content(scope, body)
-            request = read(parse_object(body), self._spec, self._signature)
+            request = await read_apart(lambda raw: read(parse_object(raw), self._spec, self._signature), body)
             told = openai_surface.TextAnswer(
                 request,
                 chat=endpoint.startswith("chat/"),

@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from serve.api import tensors
-from serve.api.body import json_type, parse_object, read_length
+from serve.api.body import json_type, parse_object, quoted, read_length
 from serve.api.directory import LONGEST_NEAR, version_of
 from serve.api.wire import JSON_HEADER, Headers
 from serve.errors import InvalidInput, PayloadTooLarge, PredictionFailed, UnsupportedParameter
@@ -45,7 +45,7 @@ class InferRequest:
 
 def near(name: object, known: Sequence[str]) -> str:
     """Return `; did you mean ...?` where a known name looks like this one, else the known names."""
-    found = get_close_matches(str(name)[:LONGEST_NEAR].lower(), known, n=1, cutoff=0.6)
+    found = get_close_matches((name if type(name) is str else "")[:LONGEST_NEAR].lower(), known, n=1, cutoff=0.6)
     return f"; did you mean {found[0]!r}?" if found else f"; known are {', '.join(sorted(known)) or 'none'}"
 
 
@@ -113,7 +113,7 @@ class OpenInference:
     def _check_addressee(self, document: dict[str, Any]) -> None:
         for key, own in (("model_name", self.spec.name), ("model_version", self.version)):
             if document.get(key) not in (None, "", own):
-                raise InvalidInput(f"is {document[key]!r:.60}, and this is {own!r}", place=key)
+                raise InvalidInput(f"is {quoted(document[key])}, and this is {own!r}", place=key)
 
     def _read_parameters(self, sent: object) -> tuple[dict[str, Any], bool, float | None]:
         if type(sent) is not dict:
@@ -181,11 +181,11 @@ class OpenInference:
         spec = self._inputs.get(name) if type(name) is str else None
         if spec is None:
             raise InvalidInput(
-                f"{name!r:.80} is no input of the model{near(name, list(self._inputs))}", place=f"{place}.name"
+                f"{quoted(name)} is no input of the model{near(name, list(self._inputs))}", place=f"{place}.name"
             )
         if tensor["datatype"] != spec.datatype:
             raise InvalidInput(
-                f"is {tensor['datatype']!r:.40}, and {name!r} takes {spec.datatype}", place=f"{place}.datatype"
+                f"is {quoted(tensor['datatype'])}, and {name!r} takes {spec.datatype}", place=f"{place}.datatype"
             )
         return spec
 
@@ -225,7 +225,7 @@ class OpenInference:
             spec = self._outputs.get(name) if type(name) is str else None
             if spec is None:
                 raise InvalidInput(
-                    f"{name!r:.80} is no output of the model{near(name, list(self._outputs))}", place=f"{place}.name"
+                    f"{quoted(name)} is no output of the model{near(name, list(self._outputs))}", place=f"{place}.name"
                 )
             if spec.name in chosen:
                 raise InvalidInput(f"{spec.name!r} stands twice", place=f"{place}.name")
@@ -319,7 +319,7 @@ def _tensor_config(tensor: TensorSpec) -> dict[str, Any]:
 
 def _boolean(value: object, place: str) -> bool:
     if type(value) is not bool:
-        raise InvalidInput(f"must be true or false, not {value!r:.60}", place=place)
+        raise InvalidInput(f"must be true or false, not {quoted(value)}", place=place)
     return value
 
 
@@ -333,7 +333,7 @@ def _parameter(value: object, place: str) -> object:
 
 def _microseconds(value: object, place: str) -> float | None:
     if type(value) is not int or not 0 <= value < 2**53:
-        raise InvalidInput(f"must be a whole number of microseconds from 0, not {value!r:.60}", place=place)
+        raise InvalidInput(f"must be a whole number of microseconds from 0, not {quoted(value)}", place=place)
     return value / 1e6 if value else None
 
 
@@ -351,7 +351,7 @@ def _binary_size(parameters: object, place: str, left: int) -> int | None:
         return None
     if type(size) is not int or not 0 <= size <= left:
         raise InvalidInput(
-            f"is {size!r:.60}, and {left} bytes are left after the JSON", place=f"{place}.parameters.binary_data_size"
+            f"is {quoted(size)}, and {left} bytes are left after the JSON", place=f"{place}.parameters.binary_data_size"
         )
     return size
 

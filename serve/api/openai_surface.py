@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from serve.api.body import json_type
+from serve.api.body import json_type, quoted
 from serve.api.multipart import Part
 from serve.api.open_inference import near
 from serve.errors import InvalidInput, ModelNotFound, PayloadTooLarge, UnsupportedMedia, UnsupportedParameter
@@ -86,21 +86,21 @@ class Fields:
         """Return a boolean; absent is false."""
         value = self._left.pop(name, False)
         if type(value) is not bool:
-            raise InvalidInput(f"must be true or false, not {value!r:.60}", place=name)
+            raise InvalidInput(f"must be true or false, not {quoted(value)}", place=name)
         return value
 
     def integer(self, name: str, *, low: int, high: int) -> int | None:
         """Return a whole number between two bounds, or None."""
         value = self._left.pop(name, None)
         if value is not None and (type(value) is not int or not low <= value <= high):
-            raise InvalidInput(f"must be a whole number from {low} to {high}, not {value!r:.60}", place=name)
+            raise InvalidInput(f"must be a whole number from {low} to {high}, not {quoted(value)}", place=name)
         return value
 
     def number(self, name: str, *, low: float, high: float) -> float | None:
         """Return a number between two bounds, or None."""
         value = self._left.pop(name, None)
         if value is not None and (type(value) not in (int, float) or not low <= value <= high):
-            raise InvalidInput(f"must be a number from {low:g} to {high:g}, not {value!r:.60}", place=name)
+            raise InvalidInput(f"must be a number from {low:g} to {high:g}, not {quoted(value)}", place=name)
         return None if value is None else float(value)
 
     def rest(self, signature: Signature, known: Iterable[str]) -> dict[str, Any]:
@@ -114,7 +114,7 @@ class Fields:
         for key, value in self._left.items():
             if key in _IDLE:
                 if not any(idle is ... or _same(value, idle) for idle in _IDLE[key]):
-                    raise UnsupportedParameter(f"is not supported here (it was {value!r:.60})", place=key)
+                    raise UnsupportedParameter(f"is not supported here (it was {quoted(value)})", place=key)
             elif key in signature.parameters:
                 own[key] = value
             else:
@@ -197,12 +197,10 @@ def read_embeddings(document: Mapping[str, Any], spec: ModelSpec, signature: Sig
     """
     fields = Fields(document)
     check_model(fields, spec)
-    texts = _texts(fields.take("input"), "input")
-    if len(texts) > spec.limits.max_items:
-        raise PayloadTooLarge(f"{len(texts)} texts, and a request may have {spec.limits.max_items}", place="input")
+    texts = _texts(fields.take("input"), "input", most=spec.limits.max_items)
     encoding = fields.string("encoding_format")
     if encoding not in (None, "float", "base64"):
-        raise InvalidInput(f"must be 'float' or 'base64', not {encoding!r:.60}", place="encoding_format")
+        raise InvalidInput(f"must be 'float' or 'base64', not {quoted(encoding)}", place="encoding_format")
     dimensions = fields.integer("dimensions", low=1, high=2**31)
     own = next((tensor.shape[-1] for tensor in signature.outputs if tensor.name == "embedding"), -1)
     if dimensions is not None and own != dimensions:
@@ -213,8 +211,10 @@ def read_embeddings(document: Mapping[str, Any], spec: ModelSpec, signature: Sig
     return EmbeddingsRequest(texts, encoding == "base64", dimensions)
 
 
-def _texts(value: object, place: str) -> list[str]:
+def _texts(value: object, place: str, *, most: int) -> list[str]:
     """Return one text or several; token ids, which OpenAI also takes, are of its own vocabulary and are refused."""
+    if type(value) is list and len(value) > most:
+        raise PayloadTooLarge(f"{len(value)} texts, and a request may have {most}", place=place)
     if type(value) is str:
         value = [value]
         places = [place]
@@ -299,7 +299,8 @@ def read_completions(document: Mapping[str, Any], spec: ModelSpec, signature: Si
     """
     fields = Fields(document)
     check_model(fields, spec)
-    prompts: list[dict[str, Any]] = [{"prompt": text} for text in _texts(fields.take("prompt"), "prompt")]
+    most = spec.limits.max_items
+    prompts: list[dict[str, Any]] = [{"prompt": text} for text in _texts(fields.take("prompt"), "prompt", most=most)]
     return _read_text(fields, prompts, "prompt", None, (*_TEXT_KEYS, "prompt"), spec, signature)
 
 
@@ -405,7 +406,7 @@ def _message(message: object, place: str) -> dict[str, str]:
         raise UnsupportedParameter(what, place=f"{place}.{key[:80]}")
     role = message.get("role")
     if type(role) is not str or role not in _ROLES:
-        raise InvalidInput(f"must be one of {', '.join(_ROLES)}, not {role!r:.60}", place=f"{place}.role")
+        raise InvalidInput(f"must be one of {', '.join(_ROLES)}, not {quoted(role)}", place=f"{place}.role")
     return {"role": _ROLES[role], "content": _content(message.get("content"), f"{place}.content")}
 
 
@@ -425,7 +426,7 @@ def _content(content: object, place: str) -> str:
             raise InvalidInput(f"must be an object, not {json_type(part)}", place=where)
         if part.get("type") != "text":
             raise InvalidInput(
-                f"must be 'text', not {part.get('type')!r:.60}: the model reads text only", place=f"{where}.type"
+                f"must be 'text', not {quoted(part.get('type'))}: the model reads text only", place=f"{where}.type"
             )
         text = part.get("text")
         if type(text) is not str:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from serve.api.body import json_type
+from serve.api.body import json_type, quoted
 from serve.errors import InvalidInput, PredictionFailed
 from serve.models.base import TensorSpec
 
@@ -57,7 +57,7 @@ def read_shape(shape: object, spec: TensorSpec, place: str) -> tuple[int, ...]:
         len(shape) > 1 and any(want not in (-1, size) for size, want in zip(shape[1:], spec.shape[1:], strict=True))
     ):
         raise InvalidInput(
-            f"is {shape!r:.80}, and {spec.name!r} takes {list(spec.shape)} (-1 is any length; items first)",
+            f"is {quoted(shape)}, and {spec.name!r} takes {list(spec.shape)} (-1 is any length; items first)",
             place=f"{place}.shape",
         )
     if shape[0] == 0:
@@ -66,7 +66,7 @@ def read_shape(shape: object, spec: TensorSpec, place: str) -> tuple[int, ...]:
 
 
 def _no_shape(shape: object, place: str) -> InvalidInput:
-    return InvalidInput(f"must be a list of whole numbers from 0, not {shape!r:.80}", place=f"{place}.shape")
+    return InvalidInput(f"must be a list of whole numbers from 0, not {quoted(shape)}", place=f"{place}.shape")
 
 
 def read_json(data: object, shape: tuple[int, ...], spec: TensorSpec, place: str) -> Rows:
@@ -168,9 +168,7 @@ def _misfit(element: object, spec: TensorSpec, place: str) -> InvalidInput:
         reason = "is no whole number, and the datatype is"
     else:
         reason = "is out of the range of"
-    # Only the start of a long string is told, so only that is quoted.
-    shown = element[:60] if type(element) is str else element
-    return InvalidInput(f"{shown!r:.60} {reason} {spec.datatype}", place=place)
+    return InvalidInput(f"{quoted(element)} {reason} {spec.datatype}", place=place)
 
 
 def _shape_mismatch(found: tuple[int, ...] | None, count: int, shape: tuple[int, ...], place: str) -> InvalidInput:

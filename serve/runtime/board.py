@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TextIO, cast
 
 from rich.console import Console
 from rich.live import Live
@@ -18,6 +22,46 @@ from serve.api.directory import ModelStatus
 from serve.runtime.status import PHASE_COLOURS
 
 
+class Output(io.TextIOBase):
+    """A stream whose reader may leave, as a terminal that is closed: what is told then is lost, and work goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """Return the stream's."""
+        return self._stream.encoding
+
+    def isatty(self) -> bool:
+        """Return whether it is a terminal."""
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        """Return the stream's."""
+        return self._stream.fileno()
+
+    def write(self, text: str) -> int:
+        """Write where somebody reads."""
+        with self._left_alone():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Write out where somebody reads."""
+        with self._left_alone():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _left_alone(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.EIO, errno.EPIPE):
+                # What the stream still holds, and what Python flushes at exit, goes nowhere without an error.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
 class Board:
     """A live table on a terminal, one line an event elsewhere.
 
@@ -26,7 +70,7 @@ class Board:
     """
 
     def __init__(self, console: Console | None = None, *, log: logging.Logger | None = None) -> None:
-        self._console = console or Console(stderr=False, highlight=False)
+        self._console = console or Console(file=cast("TextIO", Output(sys.stdout)), highlight=False)
         self._log = log
         self._began = time.monotonic()
         self._last: dict[str, tuple[str, str]] = {}
@@ -58,7 +102,6 @@ class Board:
             self._log.info("%s", text.strip())
             return
         self._console.print(Text(text), soft_wrap=True)
-        sys.stdout.flush()
 
     def write(self, lines: str) -> None:
         """Print lines of a log, each with its end, above what is shown in place; ANSI escapes are colours."""

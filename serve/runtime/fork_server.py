@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from serve.runtime.front import listen_on
+from serve.runtime.front import stand_in_front
 from serve.runtime.launcher import SCRIPT_VARIABLE, SOCKET_VARIABLE, send_order
 
 LAUNCHER = Path(__file__).with_name("launcher.py")
@@ -113,7 +113,7 @@ def serve(listener: socket.socket, *, parent: int, modules: Sequence[str]) -> No
                 order, streams = _receive(connection)
                 _import_ray(order["environment"])
                 if "host" in order:
-                    listen_on(order["host"])
+                    stand_in_front(order["host"])
                 if "arguments" in order:
                     _fork(listener, connection, order, streams)
             connection.close()

@@ -20,8 +20,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
@@ -49,9 +50,17 @@ _DRAIN_POLL_S = 0.2
 # Above those that services are known by, and below those of connections: from 32,768 on Linux, 49,152 on macOS.
 _PORTS = range(20_000, 31_000)
 _NODE_WITHIN_S = 120.0
+_SERVE_WITHIN_S = 180.0
+_LOOK_AT_NODE_S = 0.2
+_LAST_WORDS_S = 5.0
+# Processes of a node without which nothing of it goes on.
+_VITAL = ("gcs_server", "raylet")
 
 # Elsewhere system libraries do not survive a fork.
 _CAN_FORK = sys.platform == "linux"
+
+
+Result = TypeVar("Result")
 
 
 class PlatformError(RoundhouseError):
@@ -114,6 +123,7 @@ class Platform:
         self._say = say
         self._running: dict[str, ModelSpec] = {}
         self._folder: Path | None = None
+        self._is_lost = False
 
     @property
     def logs(self) -> Path:
@@ -133,7 +143,7 @@ class Platform:
             specs: What will be declared, so that what it needs can be imported ahead.
 
         Raises:
-            PlatformError: The port is taken, or Ray does not start.
+            PlatformError: The port is taken, or Ray or Ray Serve does not start, or not in time.
         """
         _adopt_orphans()
         require_free_port(self._settings.host, self._settings.port)
@@ -149,7 +159,46 @@ class Platform:
         self._say("starting Ray")
         self._start_ray(ports[:4])
         self._say("starting Ray Serve")
-        self._start_serve()
+        self.attended(self._start_serve, within_s=_SERVE_WITHIN_S)
+
+    def attended(self, work: Callable[[], Result], *, within_s: float = math.inf) -> Result:
+        """Return what `work` returns. Ray's own calls wait for ever for a node that is gone; this one does not.
+
+        Raises:
+            PlatformError: The node has ended, or the time is over; the message names a log that `stop` leaves in place.
+        """
+        done: Future[Result] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(work())
+            except BaseException as error:
+                done.set_exception(error)
+
+        threading.Thread(target=run, name="ray", daemon=True).start()
+        ends = time.monotonic() + within_s
+        while not wait([done], timeout=_LOOK_AT_NODE_S).done:
+            self._check_node()
+            if time.monotonic() > ends:
+                raise self._lost(f"Ray Serve did not start within {within_s:g} s", "serve")
+        return done.result()
+
+    def _check_node(self) -> None:
+        from ray._private import worker
+
+        ended = [] if worker._global_node is None else worker._global_node.dead_processes()
+        for kind, process in ended:
+            if kind in _VITAL:
+                how = f"signal {-process.returncode}" if process.returncode < 0 else f"status {process.returncode}"
+                raise self._lost(f"Ray's {kind} has ended ({how}), and nothing goes on without it", f"{kind}.out")
+
+    def _lost(self, what: str, log: str) -> PlatformError:
+        self._is_lost = True
+        return PlatformError(f"{what}; look into {self._kept_logs / log}")
+
+    @property
+    def _kept_logs(self) -> Path:
+        return self._ray_folder.with_name("logs")
 
     def shortages(self, specs: Sequence[ModelSpec]) -> tuple[str, ...]:
         """Return what a person should know of models that ask for more than this machine has."""
@@ -188,7 +237,7 @@ class Platform:
                     _system_config={"num_workers_soft_limit": 1, "worker_register_timeout_seconds": 120},
                 )
         except Exception as error:
-            raise PlatformError(f"Ray did not start: {error}") from error
+            raise self._lost(f"Ray did not start: {error}", "") from error
 
     def _start_serve(self) -> None:
         import ray.serve as ray_serve
@@ -258,16 +307,36 @@ class Platform:
             import ray
 
             if ray.is_initialized():
-                try:
-                    self._drain()
-                except Exception as error:
-                    self._say(f"what is in flight could not be waited for ({type(error).__name__}: {error})")
+                if not self._is_lost:
+                    self._drain_if_possible()
                 family |= _descendants()
-                ray.shutdown()
+                if self._is_lost:
+                    # Ray would wait for what has ended.
+                    _end(family)
+                    _within(_LAST_WORDS_S, ray.shutdown)
+                else:
+                    ray.shutdown()
         _end(family | _descendants())
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._remove(self._folder)
             self._folder = None
+
+    def _remove(self, folder: Path) -> None:
+        """Remove the folder of this run, all but the logs of one that was lost."""
+        if self._is_lost and self.logs.is_dir():
+            with contextlib.suppress(OSError):
+                self.logs.resolve().rename(self._kept_logs)
+            for path in folder.iterdir():
+                if path != self._kept_logs:
+                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _drain_if_possible(self) -> None:
+        try:
+            self.attended(self._drain)
+        except Exception as error:
+            self._say(f"what is in flight could not be waited for ({type(error).__name__}: {error})")
 
     def _drain(self) -> None:
         import ray.serve as ray_serve
@@ -302,10 +371,14 @@ def _lean_node(*, dashboard: bool, fork: bool, host: str, ports: Sequence[int]) 
     raylets: list[Any] = []
     start_process = services.start_ray_process
 
-    def start_with_port(command: list[str], process_type: str, *arguments: Any, **named: Any) -> Any:
-        """Tell the raylet the one port that Ray tells its agent alone."""
+    def start_apart(command: list[str], process_type: str, *arguments: Any, **named: Any) -> Any:
+        """Tell the raylet the one port that Ray tells its agent alone, and keep the end of the terminal from the node.
+
+        Ray does so for Ctrl-C: those that would have to drain would be the first to go.
+        """
         more = [f"--dashboard_agent_listen_port={ports[-1]}"] if process_type == "raylet" else []
-        return start_process([*command, *more], process_type, *arguments, **named)
+        with _blocked(signal.SIGHUP):
+            return start_process([*command, *more], process_type, *arguments, **named)
 
     def start_and_announce(self: Any, *arguments: Any, **named: Any) -> None:
         start_raylet(self, *arguments, **named)
@@ -333,7 +406,7 @@ def _lean_node(*, dashboard: bool, fork: bool, host: str, ports: Sequence[int]) 
         named["worker_path"] = str(fork_server.LAUNCHER)
     node.Node.start_raylet = start_and_announce
     parameter.RayParams = functools.partial(params, no_monitor=True, include_log_monitor=False, **named)
-    services.get_node, services.start_ray_process = wait_for_node, start_with_port
+    services.get_node, services.start_ray_process = wait_for_node, start_apart
     if not dashboard:
         node.Node.start_api_server = lambda self, **_: None  # noqa: ARG005
     try:
@@ -342,6 +415,23 @@ def _lean_node(*, dashboard: bool, fork: bool, host: str, ports: Sequence[int]) 
         parameter.RayParams = params
         node.Node.start_api_server, node.Node.start_raylet = start_api_server, start_raylet
         services.get_node, services.start_ray_process = get_node, start_process
+
+
+def _within(timeout_s: float, work: Callable[[], object]) -> None:
+    """Do something that may never return; it is left alone after a while."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+
+
+@contextlib.contextmanager
+def _blocked(number: signal.Signals) -> Iterator[None]:
+    """Keep a signal from the processes that this thread starts here, for as long as they live."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def require_free_port(host: str, port: int) -> None:

@@ -23,7 +23,7 @@ from serve.declaration import Declaration, load_declaration
 from serve.errors import SpecError
 from serve.runtime import state
 from serve.runtime.board import Board, settled, time_spent
-from serve.runtime.local import Platform, has_haproxy
+from serve.runtime.local import Platform, PlatformError, has_haproxy
 from serve.runtime.logs import Follower, serious
 from serve.settings import Settings
 from serve.spec import ModelSpec
@@ -37,6 +37,8 @@ _STARTING_POLL_S = 0.5
 _SETTLED_POLL_S = 2.0
 _FIRST_ALONE_S = 20.0
 _LOG_POLL_S = 1.0
+# A terminal that is closed sends the last one.
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +58,7 @@ class Up:
         self._stop = threading.Event()
         self._platform = Platform(self._settings, say=self._board.say, dashboard=dashboard)
         self._steps: dict[str, float] = {}
-        self._is_started = self._is_deaf = False
+        self._is_started = self._is_ending = self._is_deaf = False
         self._seen = b""
 
     def run(self) -> int:
@@ -66,13 +68,13 @@ class Up:
 
     def _run(self) -> int:
         declaration = self._load()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+        self._listen()
         state.claim(self._settings)
         try:
             self._start(declaration)
             self._follow(declaration)
         finally:
+            self._is_ending = True
             self._board.hide()
             if self._is_started:
                 self._board.say("stopping: draining what is in flight")
@@ -83,7 +85,16 @@ class Up:
                 self._board.say("stopped")
         return 0
 
+    def _listen(self) -> None:
+        for number in _ENDING:
+            # What `nohup` starts outlives its terminal.
+            if signal.getsignal(number) is not signal.SIG_IGN or number != signal.SIGHUP:
+                signal.signal(number, self._on_signal)
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        # Of a closed terminal a shell may tell once more.
+        if self._is_ending or (number == signal.SIGHUP and self._stop.is_set()):
+            return
         if self._stop.is_set() or not self._is_started:
             raise KeyboardInterrupt
         self._stop.set()
@@ -105,8 +116,7 @@ class Up:
         self._is_started = True
         threading.Thread(target=self._forward, name="forward", daemon=True).start()
         self._steps["Ray and Ray Serve"] = time.monotonic() - began
-        for number in (signal.SIGINT, signal.SIGTERM):  # Ray has put its own in place
-            signal.signal(number, self._on_signal)
+        self._listen()  # Ray has put its own in place
         self._warn(declaration)
         if not has_haproxy():
             self._board.say("note: HAProxy is not to be had here; Ray's own proxy is used, which is slower")
@@ -129,7 +139,8 @@ class Up:
         follower = Follower(self._platform.logs, log_format=self._settings.log_format)
         while not self._stop.wait(_LOG_POLL_S):
             for event in filter(None, map(serious, follower.events())):
-                self._write(self._render(event) + "\n")
+                with contextlib.suppress(OSError):  # its reader has left; everything is in the files
+                    self._write(self._render(event) + "\n")
 
     def _warn(self, declaration: Declaration) -> None:
         for note in self._platform.shortages(declaration.models):
@@ -138,7 +149,9 @@ class Up:
     def _ask(self, asker: Asker) -> list[ModelStatus] | None:
         """Return the models' state, or None while Ray does not tell: it brings a lost controller back by itself."""
         try:
-            models = asker.ask()
+            models = self._platform.attended(asker.ask)
+        except PlatformError:
+            raise
         except Exception as error:
             if not self._is_deaf:
                 self._board.say(f"Ray does not tell how the models are ({type(error).__name__}); asking again")
@@ -183,6 +196,8 @@ class Up:
             return None
         try:
             changes = self._platform.apply(declaration.models, base_dir=declaration.base_dir)
+        except PlatformError:
+            raise
         except Exception as error:
             self._board.say(f"{self._path.name} changed, and Ray did not take it ({error}); trying again")
             self._seen = b""
@@ -215,7 +230,7 @@ class Up:
 @contextlib.contextmanager
 def _deferred_signals() -> Iterator[None]:
     """Ignore a further Ctrl-C while processes are being ended: half an end would leave some behind."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in _ENDING}
     try:
         yield
     finally:
@@ -224,10 +239,10 @@ def _deferred_signals() -> Iterator[None]:
 
 
 def up(path: Path, *, settings: Settings, dashboard: bool = False) -> int:
-    """Run the platform until Ctrl-C.
+    """Run the platform until Ctrl-C, SIGTERM, or the end of its terminal.
 
     Raises:
         SpecError: The declaration is wrong; nothing was started.
-        PlatformError: Ray did not start or the port is taken.
+        PlatformError: Ray did not start, the port is taken, or Ray's node ended while it served.
     """
     return Up(path, settings=settings, dashboard=dashboard).run()

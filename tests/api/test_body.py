@@ -1,14 +1,21 @@
-"""Bodies that arrive in pieces, slowly or never, and what they may take meanwhile."""
+"""Bodies that arrive in pieces, slowly or never, or that take long to read, and what they may take meanwhile."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
+import orjson
 import pytest
+from python_multipart.multipart import MultipartParser
 
-from serve.api.body import Uploads, read_body
+from serve.api.body import Uploads, parse_object, quoted, read_body
+from serve.api.gateway_app import build_gateway_app
+from serve.api.model_app import build_model_app
 from serve.errors import Cancelled, DeadlineExceeded, Overloaded, PayloadTooLarge
+from serve.settings import Settings
+from tests.api.toys import Embedder, Listener, Models, Talker, direct, hosted, spec
 from tests.fake_time import run
 
 
@@ -97,3 +104,94 @@ def test_body_that_does_not_arrive_in_time_gives_its_room_back() -> None:
         uploads.take(100)
 
     run(story())
+
+
+MILLION = 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b'{"a": [' + b"[]," * MILLION, "lists, objects and strings; send tensors flat, or as binary data"),
+        (b'{"a": [' + b'"",' * MILLION, "lists, objects and strings"),
+        (b'{"a": [' + b"{}," * 200_000, "keys and objects"),
+        (b"{" + b",".join(b'"%d": 1' % i for i in range(100_001)), "keys and objects"),
+    ],
+)
+def test_a_body_of_too_many_parts_is_refused_before_it_is_parsed(body: bytes, words: str) -> None:
+    # None of them is JSON: the parser would say so.
+    with pytest.raises(PayloadTooLarge, match=words) as refused:
+        parse_object(body)
+    assert refused.value.place == "body"
+
+
+def test_numbers_and_what_stands_in_strings_are_no_parts() -> None:
+    code = '[{"a": \\"b\\": [' * 200_000
+    assert parse_object(orjson.dumps({"a": code, "b": [1] * 2 * MILLION}))["a"] == code
+
+
+@pytest.mark.parametrize(
+    "value", [[0] * 3 * MILLION, {"k": [0] * 3 * MILLION}, [[[0] * MILLION] * 9] * 9, "x" * MILLION]
+)
+def test_only_the_beginning_of_a_value_is_shown(value: object) -> None:
+    assert len(quoted(value)) <= 60
+
+
+def test_a_short_value_is_shown_as_it_is() -> None:
+    for value in ([1, -1], "a 'b'", None, 1.5, {"a": 1}, True, 2**64):
+        assert quoted(value) == repr(value)
+
+
+class Held:
+    """Holds whoever parses a large body until the test lets go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.began, self.go = threading.Event(), threading.Event()
+        self._loads, self._write = orjson.loads, MultipartParser.write
+        monkeypatch.setattr(orjson, "loads", lambda raw: self._held(raw) or self._loads(raw))
+        monkeypatch.setattr(MultipartParser, "write", lambda parser, raw: self._held(raw) or self._write(parser, raw))
+
+    def _held(self, raw: bytes) -> None:
+        if len(raw) > MILLION // 2:
+            self.began.set()
+            assert self.go.wait(10), "nobody was answered meanwhile"
+
+
+LONG = "a" * MILLION
+TENSOR = {"name": "text", "datatype": "BYTES", "shape": [1], "data": [LONG]}
+MODELS: dict[str, tuple[type[Any], str]] = {
+    "embed": (Embedder, "text-embedding"),
+    "talk": (Talker, "text-generation"),
+    "listen": (Listener, "speech-to-text"),
+}
+
+
+@pytest.mark.parametrize("at_gateway", [False, True])
+@pytest.mark.parametrize(
+    ("name", "path", "sent"),
+    [
+        ("embed", "/infer", {"json": {"inputs": [TENSOR]}}),
+        ("embed", "/v1/embeddings", {"json": {"model": "embed", "input": LONG}}),
+        ("talk", "/v1/chat/completions", {"json": {"model": "talk", "messages": [{"role": "user", "content": LONG}]}}),
+        ("talk", "/v1/completions", {"json": {"model": "talk", "prompt": LONG}}),
+        ("listen", "/v1/audio/transcriptions", {"data": {"model": "listen"}, "files": {"file": "RIFF" + LONG}}),
+    ],
+)
+async def test_while_a_large_body_is_read_others_are_answered(
+    monkeypatch: pytest.MonkeyPatch, name: str, path: str, sent: dict[str, Any], at_gateway: bool
+) -> None:
+    if at_gateway and path == "/infer":
+        pytest.skip("the gateway reads no tensors")
+    held = Held(monkeypatch)
+    kind, task = MODELS[name]
+    async with hosted(spec(task, name=name), kind()) as host:
+        models = Models({name: "ready"}, max_request_bytes=2**25)
+        gateway = build_gateway_app(models, settings=Settings(), base_url="http://127.0.0.1:9")
+        app = gateway if at_gateway else build_model_app(host, settings=Settings())
+        async with direct(app) as client:
+            asked = asyncio.ensure_future(client.post(path, **sent))
+            assert await asyncio.to_thread(held.began.wait, 10)
+            assert (await client.get("/v2" if at_gateway else "/ready")).status_code == 200
+            held.go.set()
+            # Nothing is behind this gateway; it has read the body to know that.
+            assert (await asked).status_code == (503 if at_gateway else 200)

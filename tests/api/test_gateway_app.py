@@ -176,6 +176,10 @@ async def scripted(answer: bytes) -> AsyncIterator[tuple[str, list[int]]]:
 
 
 PROXY_500 = b"HTTP/1.1 500 Internal Server Error\r\ncontent-type: text/plain\r\ncontent-length: 5\r\n\r\noops\n"
+PROXYS_503 = (
+    b"HTTP/1.1 503 Service Unavailable\r\nx-roundhouse-proxy: 1\r\ncontent-type: application/json\r\n"
+    b'content-length: 15\r\n\r\n{"error": "no"}'
+)
 RAY_404 = b"HTTP/1.1 404 Not Found\r\ncontent-type: text/plain\r\ncontent-length: 2\r\n\r\nno"
 RAY_408 = b"HTTP/1.1 408 Request Timeout\r\ncontent-type: text/plain\r\ncontent-length: 2\r\n\r\nno"
 CUT = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 50\r\n\r\n{"
@@ -187,6 +191,8 @@ CUT_STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-en
     [
         (PROXY_500, "ready", 503, "replica_lost"),
         (PROXY_500, "starting", 503, "model_not_ready"),
+        (PROXYS_503, "ready", 503, "replica_lost"),
+        (PROXYS_503, "starting", 503, "model_not_ready"),
         (RAY_404, "starting", 503, "model_not_ready"),
         (RAY_408, "ready", 504, "deadline_exceeded"),
         (b"", "ready", 503, "replica_lost"),
@@ -308,3 +314,28 @@ async def test_a_model_that_stops_being_ready_is_waited_for_no_longer() -> None:
         async with proxied(Front({}), Watched(lambda models: models.phases.update(embed="loading"))) as client:
             reply = await client.post(path, json=body)
             assert refused(reply)[:2] == (503, "model 'embed' is not ready (loading)")
+
+
+@pytest.mark.parametrize("path", ["/v2/models/embed/infer", "/v1/embeddings"])
+async def test_a_route_is_waited_for_no_longer_than_the_caller_waits(path: str) -> None:
+    body = ASKED if path.startswith("/v2") else {"model": "embed", "input": "a b"}
+    async with proxied(Front({}), Models({"embed": "ready"})) as client:
+        reply = await client.post(path, json=body, headers={"x-request-timeout-ms": "500"}, timeout=60)
+    assert reply.status_code == 504
+    assert "its route is being set up; the request's 0.5 s are over" in refused(reply)[1]
+
+
+async def test_a_request_that_waited_for_a_route_has_what_is_left_of_its_deadline() -> None:
+    told: list[float] = []
+
+    async def model(scope: Any, receive: Any, send: Any) -> None:
+        told.append(float(dict(scope["headers"])[b"x-request-timeout-ms"]))
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    front = Front({})
+    async with proxied(front, Watched(lambda _: front.apps.update(embed=model))) as client:
+        body = {"model": "embed", "input": "a b"}
+        reply = await client.post("/v1/embeddings", json=body, headers={"x-request-timeout-ms": "60000"})
+    assert reply.status_code == 200
+    assert 0 < told[0] < 60_000

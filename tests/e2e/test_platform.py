@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import threading
@@ -295,6 +297,39 @@ def test_down_answers_what_is_in_flight_and_leaves_no_process_port_or_file(tmp_p
         assert set(Path("/tmp").glob("rh-*")) <= before
         assert running.command("status").returncode == 1
         assert list((tmp_path / "state").glob("*")) == []
+
+
+def test_a_closed_terminal_drains_and_leaves_no_process(tmp_path: Path):
+    (tmp_path / "model.py").write_text(CLASS)
+    declaration = tmp_path / "models.yaml"
+    mark = tmp_path / "mark"
+    declaration.write_text("models:\n" + entry("slow", "Slow", f", arguments: {{mark: '{mark}'}}"))
+    with running_platform(declaration, tmp_path) as running, ThreadPoolExecutor() as pool:
+        running.wait_for("slow")
+        in_flight = pool.submit(infer, running.url, "slow", [3])
+        wait_until(mark.exists)
+        family = psutil.Process(running.process.pid).children(recursive=True)
+        # Its terminal's kernel tells every process of the group, and a shell tells once more.
+        os.killpg(running.process.pid, signal.SIGHUP)
+        os.kill(running.process.pid, signal.SIGHUP)
+        assert running.process.wait(timeout=60) == 0
+        assert in_flight.result().status_code == 200
+        wait_until(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in family))
+
+
+def test_a_node_that_ends_is_told_with_its_log_and_leaves_no_process(tmp_path: Path):
+    (tmp_path / "model.py").write_text(CLASS)
+    declaration = tmp_path / "models.yaml"
+    declaration.write_text("models:\n" + entry("one"))
+    with running_platform(declaration, tmp_path) as running:
+        running.wait_for("one")
+        family = psutil.Process(running.process.pid).children(recursive=True)
+        next(process for process in family if process.name() == "raylet").kill()
+        assert running.process.wait(timeout=60) == 1
+        [told] = re.findall(r"Ray's raylet has ended \(signal 9\).* look into (\S+)", running.log.read_text())
+        assert Path(told).is_file()
+        shutil.rmtree(Path(told).parents[1])
+        wait_until(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in family))
 
 
 def test_a_wrong_declaration_starts_nothing(tmp_path: Path):

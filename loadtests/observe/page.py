@@ -119,7 +119,7 @@ def served(page: Path, port: int, traces: Traces) -> Iterator[str]:
     """
     requests = functools.partial(type("Requests", (_Requests,), {"traces": traces}), directory=str(page))
     with http.server.ThreadingHTTPServer(("127.0.0.1", port), requests) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         try:
             yield f"http://127.0.0.1:{server.server_address[1]}/"
         finally:

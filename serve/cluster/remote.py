@@ -188,7 +188,7 @@ def forwarded(context: str, namespace: str | None) -> Iterator[str]:
             f"`kubectl get pods --namespace {place.namespace}` tells why"
         )
     server = _Forwarder(place, pods[0]["metadata"]["name"])
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}"
     except RoundhouseError as error:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import pytest
 import uvicorn
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.api.server import WholeRequestProtocol, server_config
@@ -164,23 +164,33 @@ def test_what_is_doubtful_goes_to_the_strict_parser(data: bytes):
     assert not is_short(data)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@pytest.fixture(scope="module")
+def elsewhere() -> Iterator[tuple[asyncio.Runner, Server]]:
+    """A server in a loop of its own, for a test that is many: each that stops takes a tenth of a second to notice."""
+    with asyncio.Runner() as runner:
+        running = Server(Echo())
+        runner.run(running.__aenter__())
+        yield runner, running
+        runner.run(running.__aexit__())
+
+
+@settings(deadline=None, max_examples=60)
 @given(
     body=st.binary(max_size=300),
     path=st.sampled_from(["/infer", "/stream", "/v1/embeddings"]),
     cuts=st.lists(st.integers(1, 400), max_size=3),
     extra=st.lists(st.tuples(st.sampled_from(["X-A", "Accept", "Connection"]), st.sampled_from(["a", "keep-alive"]))),
 )
-def test_the_answer_does_not_depend_on_how_the_request_arrives(body, path, cuts, extra):
+def test_the_answer_does_not_depend_on_how_the_request_arrives(elsewhere, body, path, cuts, extra):
+    runner, server = elsewhere
     data = request(path, body, extra)
     at = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
     pieces = [data[start:end] for start, end in itertools.pairwise(at)]
 
     async def both() -> list[tuple[int, Any]]:
-        async with Server(Echo()) as server:
-            return await server.exchange([data]) + await server.exchange(pieces)
+        return await server.exchange([data]) + await server.exchange(pieces)
 
-    whole, cut = asyncio.run(both())
+    whole, cut = runner.run(both())
     assert whole == cut
     assert whole[0] == 200
     assert whole[1]["body"] == body.decode("latin-1")

@@ -1,109 +1,59 @@
-"""One real platform for all the end-to-end tests, started as a user starts it."""
+"""The platforms that several files of end-to-end tests look at, each started once."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 
-import httpx
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-COMMAND = [str(Path(sys.executable).with_name("roundhouse"))]
-READY_WITHIN_S = 300
+from tests.e2e.observed import Observed, observing
+from tests.e2e.running import ROOT, Running, running_platform
+from tests.otlp import Collector, collecting
 
+DOUBLE = """
+import time
+import numpy as np
+from opentelemetry import trace
+from serve.models.base import Signature, TensorSpec
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+class Double:
+    signature = Signature(
+        inputs=(TensorSpec("x", "FP32", (-1, -1), "numbers"),),
+        outputs=(TensorSpec("y", "FP32", (-1, -1), "numbers"),),
+        example={"x": np.array([1, 2], np.float32)},
+    )
 
-
-@dataclass
-class Running:
-    """A `roundhouse up` of a test."""
-
-    process: subprocess.Popen[bytes]
-    url: str
-    port: int
-    declaration: Path
-    log: Path
-    environment: dict[str, str]
-
-    def wait_for(self, name: str, phase: str = "ready") -> None:
-        """Return once a model is in a phase; fail with the output if it ends or takes too long."""
-        deadline = time.monotonic() + READY_WITHIN_S
-        seen = "nothing"
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                break
-            with contextlib.suppress(httpx.HTTPError, ValueError, KeyError):
-                states = {entry["name"]: entry for entry in self.index()}
-                seen = str(states)
-                if self.is_in(states.get(name), phase):
-                    return
-            time.sleep(0.2)
-        raise AssertionError(f"{name} did not become {phase}: {seen}\n{self.log.read_text()[-4000:]}")
-
-    def is_in(self, entry: dict[str, str] | None, phase: str) -> bool:
-        if entry is None or entry["phase"] != phase:
-            return False
-        return phase != "ready" or httpx.get(f"{self.url}/v2/models/{entry['name']}/ready").status_code == 200
-
-    def index(self) -> list[dict[str, str]]:
-        return list(httpx.post(f"{self.url}/v2/repository/index", timeout=10).raise_for_status().json())
-
-    def command(self, *words: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-        """Run `roundhouse` as a user would beside it."""
-        return subprocess.run(
-            [*COMMAND, *words], capture_output=True, text=True, timeout=timeout, env=self.environment, check=False
-        )
-
-    def stop(self) -> int:
-        """Press Ctrl-C and wait."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
-        return self.process.wait(timeout=120)
-
-
-@contextlib.contextmanager
-def running_platform(declaration: Path, folder: Path, more: Mapping[str, str] | None = None) -> Iterator[Running]:
-    """Run `roundhouse up`, with `more` in its environment."""
-    port = free_port()
-    environment = {
-        **os.environ,
-        "ROUNDHOUSE_STATE_DIR": str(folder / "state"),
-        "ROUNDHOUSE_PORT": str(port),
-        **(more or {}),
-    }
-    log = folder / "up.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*COMMAND, "up", str(declaration)],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-    running = Running(process, f"http://127.0.0.1:{port}", port, declaration, log, environment)
-    try:
-        yield running
-    finally:
-        running.stop()
+    def predict(self, batch):
+        with trace.get_tracer("mine").start_as_current_span("own code"):
+            time.sleep(0.002)
+        return [ValueError("odd") if item["x"][0] < 0 else {"y": item["x"] * 2} for item in batch]
+"""
+DECLARED = "  - {name: double, task: python, source: 'file:model.py', options: {class: Double}}\n"
 
 
 @pytest.fixture(scope="session")
-def catalog(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """The default catalog, all six models ready."""
-    with running_platform(ROOT / "models.yaml", tmp_path_factory.mktemp("catalog")) as running:
-        for name in ("minilm", "smollm2", "efficientnet", "whisper", "forecaster", "vad"):
+def collector() -> Iterator[Collector]:
+    """The collector of the catalog's spans."""
+    with collecting() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def catalog(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Running]:
+    """The default catalog and a model of a user's, all ready; it records the traces of those who ask for it."""
+    folder = tmp_path_factory.mktemp("catalog")
+    (folder / "model.py").write_text(DOUBLE)
+    declaration = folder / "models.yaml"
+    declaration.write_text((ROOT / "models.yaml").read_text() + DECLARED)
+    more = {"ROUNDHOUSE_TRACING_ENDPOINT": collector.url, "ROUNDHOUSE_TRACING_RATIO": "0"}
+    with running_platform(declaration, folder, more) as running:
+        for name in ("minilm", "smollm2", "efficientnet", "whisper", "forecaster", "vad", "double"):
             running.wait_for(name)
         yield running
+
+
+@pytest.fixture(scope="session")
+def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
+    """A platform that has been asked everything that there is to see, and is not asked any more."""
+    with observing(tmp_path_factory.mktemp("observed")) as found:
+        yield found

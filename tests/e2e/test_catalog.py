@@ -14,7 +14,7 @@ import openai
 import pytest
 import tritonclient.http
 
-from tests.e2e.conftest import Running
+from tests.e2e.running import Running
 
 pytestmark = pytest.mark.e2e
 DATA = Path(__file__).parents[1] / "data"

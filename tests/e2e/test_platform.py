@@ -10,7 +10,6 @@ import shutil
 import signal
 import socket
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,13 +22,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from serve.runtime.logs import Follower
-from tests.e2e.conftest import COMMAND, Running, running_platform
+from tests.e2e.running import COMMAND, Running, running_platform, wait_until
 
 pytestmark = pytest.mark.e2e
 
 CLASS = '''
 import os
-import time
 import numpy as np
 from serve.models.base import Signature, TensorSpec
 
@@ -362,10 +360,3 @@ def came_back(url: str, model: str, victim: int) -> bool:
         return answer(url, model)[1] != victim
     except (AssertionError, httpx.HTTPError):
         return False
-
-
-def wait_until(condition: object, within_s: float = 60.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.1)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import ROOT, Running
+from tests.e2e.running import ROOT, Running
 
 pytestmark = pytest.mark.e2e
 README = (ROOT / "README.md").read_text()

@@ -6,61 +6,20 @@ import asyncio
 import random
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
 import pytest
-import yaml
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from tests.e2e.conftest import ROOT, Running, running_platform
-from tests.otlp import Collector, Received, collecting
+from tests.e2e.running import Running
+from tests.otlp import Collector, Received
 
 pytestmark = pytest.mark.e2e
 
-CLASS = """
-import time
-import numpy as np
-from opentelemetry import trace
-from serve.models.base import Signature, TensorSpec
-
-class Double:
-    signature = Signature(
-        inputs=(TensorSpec("x", "FP32", (-1, -1), "numbers"),),
-        outputs=(TensorSpec("y", "FP32", (-1, -1), "numbers"),),
-        example={"x": np.array([1, 2], np.float32)},
-    )
-
-    def predict(self, batch):
-        with trace.get_tracer("mine").start_as_current_span("own code"):
-            time.sleep(0.002)
-        return [ValueError("odd") if item["x"][0] < 0 else {"y": item["x"] * 2} for item in batch]
-"""
 REQUESTS = 1000
 PHASES = {"read", "queue", "compute", "respond"}
-
-
-def declared() -> str:
-    """Return the sources of the default catalog, so that this file does not know them twice."""
-    catalog = {model["name"]: model for model in yaml.safe_load((ROOT / "models.yaml").read_text())["models"]}
-    models = [catalog["minilm"], catalog["smollm2"]]
-    own = {"name": "double", "task": "python", "source": "file:model.py", "options": {"class": "Double"}}
-    return yaml.safe_dump({"models": [own, *models]})
-
-
-@pytest.fixture(scope="module")
-def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, Collector]]:
-    folder = tmp_path_factory.mktemp("traced")
-    (folder / "model.py").write_text(CLASS)
-    declaration = folder / "models.yaml"
-    declaration.write_text(declared())
-    with collecting() as collector:
-        more = {"ROUNDHOUSE_TRACING_ENDPOINT": collector.url, "ROUNDHOUSE_TRACING_RATIO": "0"}
-        with running_platform(declaration, folder, more) as running:
-            for name in ("double", "minilm", "smollm2"):
-                running.wait_for(name)
-            yield running, collector
 
 
 class Client:
@@ -134,12 +93,13 @@ async def send(url: str, kinds: Sequence[str]) -> Client:
 
 
 @pytest.fixture(scope="module")
-def run(traced: tuple[Running, Collector]) -> tuple[Client, list[Received]]:
-    running, collector = traced
+def run(catalog: Running, collector: Collector) -> tuple[Client, list[Received]]:
     kinds = [KINDS[number % len(KINDS)] for number in range(REQUESTS)]
     random.Random(3).shuffle(kinds)
-    client = asyncio.run(send(running.url, kinds))
-    return client, settled(collector, client)
+    began = time.time_ns()
+    client = asyncio.run(send(catalog.url, kinds))
+    # Other files of tests ask the same platform.
+    return client, [span for span in settled(collector, client) if span.began >= began]
 
 
 def settled(collector: Collector, client: Client) -> list[Received]:
@@ -244,29 +204,26 @@ def test_language_models_are_told_in_their_own_words(run: tuple[Client, list[Rec
     assert streamed
 
 
-def test_an_exemplar_leads_to_its_trace(traced: tuple[Running, Collector], run: tuple[Client, list[Received]]):
-    running, _ = traced
-    _, spans = run
-    reply = httpx.get(f"{running.url}/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
+def test_an_exemplar_leads_to_its_trace(catalog: Running, collector: Collector, run: tuple[Client, list[Received]]):
+    reply = httpx.get(f"{catalog.url}/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
     exemplars = [
         sample.exemplar.labels
         for family in text_string_to_metric_families(reply.text)
         for sample in family.samples
         if sample.exemplar is not None and sample.labels["model"] in ("double", "minilm", "smollm2")
     ]
-    known = {(span.trace, span.id) for span in spans if span.kind == "server"}
+    known = {(span.trace, span.id) for span in collector.spans if span.kind == "server"}
     assert exemplars
     assert all((labels["trace_id"], labels["span_id"]) in known for labels in exemplars)
 
 
 @pytest.mark.parametrize("trouble", ["hung", "refusing"])
-def test_a_collector_in_trouble_fails_no_request(traced: tuple[Running, Collector], trouble: str):
-    running, collector = traced
+def test_a_collector_in_trouble_fails_no_request(catalog: Running, collector: Collector, trouble: str):
     if trouble == "hung":
         collector.goes_on.clear()
     collector.refuses = trouble == "refusing"
     try:
-        asyncio.run(send(running.url, ["infer", "embed", "embed through the gateway"] * 100))
+        asyncio.run(send(catalog.url, ["infer", "embed", "embed through the gateway"] * 100))
     finally:
         collector.refuses = False
         collector.goes_on.set()

@@ -46,7 +46,7 @@ def platform(told: Any, *, kind: str = "application/json") -> Iterator[tuple[int
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         yield server.server_port, bodies
         server.shutdown()
 

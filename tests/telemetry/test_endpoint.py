@@ -23,7 +23,7 @@ def url(tmp_path: Path) -> Iterator[str]:
         return [Device("0", 10.0, 80.0, None)]
 
     with node_server(tmp_path / "metrics", port=0, host="127.0.0.1", devices=devices) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
 

@@ -21,6 +21,7 @@ from serve.cluster.resource import Application, Observed, changes
 from serve.errors import RoundhouseError
 
 _TIMEOUT_S = 30.0
+_GATEWAY_TIMEOUT_S = 5.0
 # Beginning to connect until the last piece is begun, one piece, and the answer: together no longer than `WRITE_S`.
 _SEND_S = WRITE_S / 4
 _WRITE_TIMEOUT = httpx.Timeout(WRITE_S / 2, connect=_SEND_S, write=_SEND_S, pool=_SEND_S)
@@ -65,8 +66,10 @@ class RayServeApi:
     ) -> None:
         self._token = token
         self._clock = clock
-        self._gateway_url = gateway_url
         self._client = httpx.Client(base_url=url, timeout=_TIMEOUT_S)
+        # A connection for each question, so that no gateway is held on to that is going.
+        fresh = httpx.Limits(max_keepalive_connections=0)
+        self._gateway = httpx.Client(base_url=gateway_url, timeout=_GATEWAY_TIMEOUT_S, limits=fresh)
 
     def observe(self) -> Observed:
         """Return what runs; raises TargetUnavailable."""
@@ -77,7 +80,7 @@ class RayServeApi:
         told = self._ask("GET", "/api/v0/nodes", params={"detail": "1", "limit": "10000"})
         with _of_form(f"Ray at {self._client.base_url} tells of its nodes"):
             nodes = _nodes(told.json()["data"]["result"]["result"])
-        return Observed(applications=applications, nodes=nodes, phases=phases(self._gateway_url))
+        return Observed(applications=applications, nodes=nodes, phases=self._phases())
 
     def apply(self, config: Mapping[str, Any]) -> None:
         """Make a whole Ray Serve config the one that runs; raises TargetUnavailable."""
@@ -85,6 +88,14 @@ class RayServeApi:
         headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
         content = _pieces(body, until=self._clock() + _SEND_S, clock=self._clock)
         self._ask("PUT", "/api/serve/applications/", content=content, headers=headers, timeout=_WRITE_TIMEOUT)
+
+    def _phases(self) -> dict[str, tuple[str, str]]:
+        """Return how far the gateway says each model is, or nothing where it does not answer."""
+        try:
+            told = self._gateway.post("/v2/repository/index").raise_for_status().json()
+            return {entry["name"]: (entry["phase"], entry["message"]) for entry in told}
+        except (httpx.HTTPError, ValueError, LookupError, TypeError):
+            return {}
 
     def _ask(self, method: str, path: str, *, headers: Mapping[str, str] | None = None, **how: Any) -> httpx.Response:
         try:
@@ -227,15 +238,6 @@ def application(name: str, entry: Mapping[str, Any]) -> Application:
 
 def _nodes(entries: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, float]]:
     return {entry["node_id"]: entry.get("resources_total") or {} for entry in entries if entry.get("state") == "ALIVE"}
-
-
-def phases(gateway_url: str) -> dict[str, tuple[str, str]]:
-    """Return how far the gateway says each model is, or nothing where it does not answer."""
-    try:
-        told = httpx.post(f"{gateway_url}/v2/repository/index", timeout=5.0).raise_for_status().json()
-        return {entry["name"]: (entry["phase"], entry["message"]) for entry in told}
-    except (httpx.HTTPError, ValueError, LookupError, TypeError):
-        return {}
 
 
 def token_in(file: Path) -> Callable[[], str]:

@@ -207,7 +207,7 @@ days = st.builds(
     item_s=st.sampled_from([0.0, 0.11]),
     prepare_s=st.none() | st.none() | st.sampled_from([0.0, 0.013, 0.4]),
 )
-ordinary = settings(max_examples=40, deadline=None)
+ordinary = settings(max_examples=40)
 
 
 @ordinary

@@ -382,7 +382,6 @@ Quoting.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:y
 
 
 @given(st.lists(model_specs(), max_size=3, unique_by=lambda spec: spec.name))
-@settings(deadline=None)
 def test_a_dumped_declaration_loads_equal(specs: list[ModelSpec]):
     text = yaml.dump({"models": [render_spec(spec) for spec in specs]}, Dumper=Quoting, allow_unicode=True)
     assert list(parse(text).models) == specs
@@ -412,7 +411,7 @@ PIECES = [
 
 
 @given(st.lists(st.sampled_from(PIECES), max_size=25).map("".join))
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 @example("models:\n  - name: a\n    task: [python]\n    source: {}\n    options: 1")
 @example("models:\n  - task: python\n    options: {class: {}, arguments: 3}")
 @example("? ? a")
@@ -423,7 +422,6 @@ def test_pieces_of_yaml_give_models_or_problems(text: str):
 
 
 @given(st.binary(max_size=100))
-@settings(deadline=None)
 def test_any_bytes_give_models_or_problems(data: bytes):
     gives_models_or_problems(data)
 
@@ -439,13 +437,11 @@ def nested() -> st.SearchStrategy[Any]:
 
 
 @given(st.fixed_dictionaries({"models": st.lists(nested(), max_size=4)}) | nested())
-@settings(deadline=None)
 def test_any_document_gives_models_or_problems(document: Any):
     gives_models_or_problems(yaml.dump(document, Dumper=Quoting, allow_unicode=True).encode())
 
 
 @given(st.data())
-@settings(deadline=None)
 def test_a_spoiled_catalog_gives_models_or_problems(data: st.DataObject):
     text = EVERYTHING.encode()
     at = data.draw(st.integers(0, len(text)))

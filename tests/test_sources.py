@@ -727,7 +727,7 @@ kinds = st.sampled_from([tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarf
 
 class TestArchiveProperties:
     @given(st.lists(st.tuples(paths | paths.map("/".__add__), kinds, paths), max_size=6))
-    @hypothesis_settings(max_examples=100, deadline=None)
+    @hypothesis_settings(max_examples=100)
     def test_whatever_an_archive_holds_nothing_leads_out(self, members: list[tuple[str, bytes, str]]):
         with tempfile.TemporaryDirectory() as outer:
             self.unpack_all(Path(outer).resolve(), members)
@@ -765,7 +765,7 @@ class TestArchiveProperties:
         assert {path.name for path in tmp_path.iterdir()} == {"m.tar", "folder"}
 
     @given(st.data(), st.sampled_from(["m.tar", "m.tgz", "m.zip"]))
-    @hypothesis_settings(max_examples=100, deadline=None)
+    @hypothesis_settings(max_examples=100)
     def test_a_damaged_archive_is_a_clear_error_or_none(self, data: st.DataObject, name: str):
         if name == "m.zip":
             body = bytearray(zip_of(("x", b"text" * 9, FILE), ("y", b"x", stat.S_IFLNK | 0o777)))

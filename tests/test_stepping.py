@@ -84,7 +84,7 @@ async def test_streams_share_steps_and_late_ones_are_admitted_as_slots_fall_free
         assert (stats.queued, stats.running, stats.ended) == (0, 0, 4)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     slots=st.integers(1, 3),
     readers=st.lists(

@@ -174,7 +174,7 @@ def elsewhere() -> Iterator[tuple[asyncio.Runner, Server]]:
         runner.run(running.__aexit__())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     body=st.binary(max_size=300),
     path=st.sampled_from(["/infer", "/stream", "/v1/embeddings"]),

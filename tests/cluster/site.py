@@ -52,7 +52,7 @@ def until(
         with contextlib.suppress(Refused, httpx.HTTPError, LookupError):
             if holds():
                 return
-        time.sleep(1)
+        time.sleep(0.3)
     raise AssertionError(f"not within {within_s:.0f} s: {what}; {told()}")
 
 
@@ -135,23 +135,22 @@ class Site:
         return self.get("models.roundhouse.dev", name)
 
     def condition(self, name: str, kind: str) -> dict[str, Any]:
-        conditions = self.model(name).get("status", {}).get("conditions", [])
-        return next((each for each in conditions if each["type"] == kind), {"status": "", "message": ""})
+        return condition(self.model(name), kind)
 
     def is_ready(self, name: str) -> bool:
-        model = self.model(name)
-        status = model.get("status", {})
-        is_seen = status.get("observedGeneration") == model["metadata"]["generation"]
-        settled = self.condition(name, "Progressing")["status"] == "False"
-        return is_seen and settled and status["phase"] == "Ready"
+        return is_model_ready(self.model(name))
+
+    def unready(self) -> list[str]:
+        """Return the Models that are not Ready, asked for at once."""
+        models = self.get("models.roundhouse.dev")["items"]
+        return [model["metadata"]["name"] for model in models if not is_model_ready(model)]
 
     def settle(self) -> None:
         """Wait until every Model is Ready and every pod too."""
 
         def settled() -> bool:
             pods = [pod for pod in self.get("pods")["items"] if pod["status"]["phase"] != "Succeeded"]
-            names = [model["metadata"]["name"] for model in self.get("models.roundhouse.dev")["items"]]
-            return all(map(is_pod_ready, pods)) and all(map(self.is_ready, names))
+            return all(map(is_pod_ready, pods)) and not self.unready()
 
         until("everything is Ready", settled, told=lambda: self.kubectl("get", "pods,models.roundhouse.dev"))
 
@@ -196,6 +195,20 @@ class Site:
             }
             for name, entry in told["applications"].items()
         }
+
+
+def condition(model: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Return a Model's condition, or one that says nothing."""
+    conditions = model.get("status", {}).get("conditions", [])
+    return next((each for each in conditions if each["type"] == kind), {"status": "", "message": ""})
+
+
+def is_model_ready(model: dict[str, Any]) -> bool:
+    """Return whether a Model as it is now declared serves."""
+    status = model.get("status", {})
+    is_seen = status.get("observedGeneration") == model["metadata"]["generation"]
+    settled = condition(model, "Progressing")["status"] == "False"
+    return is_seen and settled and status["phase"] == "Ready"
 
 
 def is_pod_ready(pod: dict[str, Any]) -> bool:

@@ -118,7 +118,7 @@ TURNS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(turns=TURNS)
 def test_two_never_hold_it(api: FakeApi, turns: list[tuple[str, str, int]]) -> None:
     api.leases = {"lease": {"metadata": {"name": "lease", "resourceVersion": "1"}}}
@@ -138,7 +138,7 @@ def test_two_never_hold_it(api: FakeApi, turns: list[tuple[str, str, int]]) -> N
         clock.seconds += seconds
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(turns=TURNS, each_takes_s=st.integers(0, int(WRITE_S)))
 def test_no_write_ends_after_anothers_first(api: FakeApi, turns: list[tuple[str, str, int]], each_takes_s: int) -> None:
     api.leases = {"lease": {"metadata": {"name": "lease", "resourceVersion": "1"}}}

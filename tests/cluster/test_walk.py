@@ -166,7 +166,7 @@ def test_fifty_models_at_once_are_all_served(site: Site) -> None:
     spec = HEARD | {"resources": {"cpus": 0.05}}
     with Load(site, "minilm", "vad").running():
         site.put_all(dict.fromkeys(names, spec))
-        until("all answer", lambda: all(map(site.is_ready, names)), within_s=900, told=lambda: _phases(site))
+        until("all are ready", lambda: not site.unready(), within_s=900, told=lambda: _phases(site))
         for name in names:
             assert site.http.get(f"/v2/models/{name}/ready").status_code == 200
         site.kubectl("delete", "models.roundhouse.dev", *names, "--timeout=5m")
@@ -265,7 +265,7 @@ def test_a_node_that_is_drained_gives_up_no_more_than_its_budgets_allow(site: Si
     with Load(site, "minilm", "vad").running():
         try:
             with pytest.raises(Refused, match="disruption budget"):
-                told = (f"--pod-selector={workers}", "--delete-emptydir-data", "--timeout=45s")
+                told = (f"--pod-selector={workers}", "--delete-emptydir-data", "--timeout=30s")
                 run("kubectl", "drain", node.removeprefix("node/"), *told)
             assert site.names_of("worker")
         finally:

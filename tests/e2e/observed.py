@@ -15,7 +15,8 @@ from typing import Any
 import httpx
 
 from loadtests.observe.prometheus import Prometheus, running_prometheus
-from tests.e2e.running import Running, free_port, running_platform, wait_until
+from serve.runtime.local import free_ports
+from tests.e2e.running import Running, running_platform, wait_until
 from tests.scraping import OPENMETRICS
 
 CLASS = '''
@@ -132,8 +133,9 @@ def _prometheus(folder: Path, platform: Running) -> Iterator[Prometheus | None]:
     if shutil.which("prometheus") is None:
         yield None
         return
+    (port,) = free_ports(1)
     target = f"127.0.0.1:{platform.port}"
-    with running_prometheus(folder / "prometheus", target=target, port=free_port(), interval_s=1) as prometheus:
+    with running_prometheus(folder / "prometheus", target=target, port=port, interval_s=1) as prometheus:
         yield prometheus
 
 

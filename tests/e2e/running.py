@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,15 +14,11 @@ from pathlib import Path
 
 import httpx
 
+from serve.runtime.local import free_ports
+
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [str(Path(sys.executable).with_name("roundhouse"))]
 READY_WITHIN_S = 300
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass
@@ -76,7 +71,7 @@ class Running:
 @contextlib.contextmanager
 def running_platform(declaration: Path, folder: Path, more: Mapping[str, str] | None = None) -> Iterator[Running]:
     """Run `roundhouse up`, with `more` in its environment."""
-    port = free_port()
+    (port,) = free_ports(1)
     environment = {
         **os.environ,
         "ROUNDHOUSE_STATE_DIR": str(folder / "state"),

@@ -15,6 +15,7 @@ NOBODY = "head.invalid:6379 is no name any more: the platform is going, and nobo
 @pytest.fixture(autouse=True)
 def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drain, "_NAMELESS_S", 0.0)
+    monkeypatch.setattr(drain, "_POLL_S", 0.01)
 
 
 def test_a_head_whose_name_is_gone_is_not_waited_for() -> None:

@@ -178,4 +178,4 @@ class Node(RuleBasedStateMachine):
 
 
 TestNode = Node.TestCase
-TestNode.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+TestNode.settings = settings(max_examples=25, stateful_step_count=20)

@@ -20,7 +20,7 @@ IMAGE ?= roundhouse:$(VERSION)
 BUILD ?= buildah build --layers
 
 .DEFAULT_GOAL := help
-.PHONY: help serve observe test test-cluster lint format bench image charts pictures lock clean
+.PHONY: help serve observe test test-unit test-e2e test-cluster lint format bench image charts pictures lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -31,8 +31,13 @@ serve: $(VENV)/.serve ## Set up, then serve the models of models.yaml (MODELS=ot
 observe: $(VENV)/.serve $(COLLECTOR) ## Watch what `make serve` serves: Prometheus, dashboards, traces (ARGS=--help)
 	@exec $(BIN)/python -m loadtests.observe $(ARGS)
 
-test: $(VENV)/.dev $(TOOLS) $(CHECKS) ## Set up, then run every test
-	$(BIN)/python -m pytest tests -m "not cluster"
+test: test-unit test-e2e ## Set up, then run every test
+
+test-unit: $(VENV)/.dev $(TOOLS) $(CHECKS) ## The tests that start no platform
+	$(BIN)/python -m pytest tests -m "not e2e and not cluster"
+
+test-e2e: $(VENV)/.dev ## The tests that start platforms, as a user does
+	$(BIN)/python -m pytest tests/e2e
 
 test-cluster: $(VENV)/.dev $(TOOLS) ## Walk a release through the cluster of KUBECONFIG: IMAGE=registry/roundhouse:tag
 	CLUSTER_TEST_IMAGE=$(IMAGE) $(BIN)/python -m pytest tests/cluster -m cluster

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import datetime
+import functools
 import json
 import os
 import subprocess
@@ -150,9 +151,19 @@ class Site:
 
         def settled() -> bool:
             pods = [pod for pod in self.get("pods")["items"] if pod["status"]["phase"] != "Succeeded"]
-            return all(map(is_pod_ready, pods)) and not self.unready()
+            return self._is_one_cluster() and all(map(is_pod_ready, pods)) and not self.unready()
 
         until("everything is Ready", settled, told=lambda: self.kubectl("get", "pods,models.roundhouse.dev"))
+
+    def _is_one_cluster(self) -> bool:
+        """Return whether KubeRay, where it runs Ray, has seen the RayService as it is, and replaces no cluster."""
+        if self.provider == "builtin":
+            return True
+        service = self.get("rayservices.ray.io", NAME)
+        status = service["status"]
+        seen = status["observedGeneration"] == service["metadata"]["generation"]
+        pending = status.get("pendingServiceStatus", {}).get("rayClusterName")
+        return seen and not pending and len(self.get("rayclusters.ray.io")["items"]) == 1
 
     def names_of(self, component: str) -> list[str]:
         """Return the pods of a component that are not going."""
@@ -246,7 +257,8 @@ class Load:
             "gateway": lambda client: client.post("/v1/embeddings", json={"model": "minilm", "input": "a cat"})
         }
         for name in self._models:
-            asks[name] = _question(name)
+            field = "text" if name == "minilm" else "audio"
+            asks[name] = functools.partial(ask, name=name, field=field)
         threads = [threading.Thread(target=self._ask, args=each) for each in asks.items()]
         for thread in threads:
             thread.start()
@@ -262,10 +274,11 @@ class Load:
         assert endures or not self.failures, (self.failures[:5], len(self.failures), self.answers)
 
 
-def _question(name: str) -> Callable[[httpx.Client], httpx.Response]:
-    field, item = ("text", "a cat sits") if name == "minilm" else ("audio", SPEECH)
+def ask(client: httpx.Client, name: str, field: str) -> httpx.Response:
+    """Return a model's answer to a `text` or an `audio`."""
+    item = {"text": "a cat sits", "audio": SPEECH}[field]
     inputs = [{"name": field, "datatype": "BYTES", "shape": [1], "data": [item]}]
-    return lambda client: client.post(f"/v2/models/{name}/infer", json={"inputs": inputs})
+    return client.post(f"/v2/models/{name}/infer", json={"inputs": inputs})
 
 
 def from_environment() -> Site:

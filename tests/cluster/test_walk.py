@@ -25,6 +25,7 @@ from tests.cluster.site import (
     Load,
     Refused,
     Site,
+    ask,
     from_environment,
     run,
     until,
@@ -130,6 +131,16 @@ def test_a_model_comes_changes_and_goes_and_the_others_never_notice(site: Site) 
     after = site.replicas()
     for name in ("minilm", "vad"):
         assert after[application_name(name)] == before[application_name(name)]
+
+
+def test_a_model_that_is_cached_answers_within_a_minute_of_its_apply(site: Site) -> None:
+    began = time.monotonic()
+    site.put("prompt", **RIGHT)
+    until("it answers", lambda: ask(site.http, "prompt", "text").status_code == 200, within_s=60)
+    took_s = time.monotonic() - began
+    print(f"a Model answers {took_s:.0f} s after its apply")
+    assert took_s < 60
+    site.kubectl("delete", "models.roundhouse.dev", "prompt", "--timeout=2m")
 
 
 def test_a_model_is_scaled_by_kubectl_within_its_bounds(site: Site) -> None:

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.e2e
 
 CLASS = '''
 import os
+import time
 import numpy as np
 from serve.models.base import Signature, TensorSpec
 

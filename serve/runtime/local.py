@@ -197,6 +197,11 @@ class Platform:
         return PlatformError(f"{what}; look into {self._kept_logs / log}")
 
     @property
+    def is_lost(self) -> bool:
+        """Return whether nothing of it goes on, and nothing in flight can be waited for."""
+        return self._is_lost
+
+    @property
     def _kept_logs(self) -> Path:
         return self._ray_folder.with_name("logs")
 
@@ -345,7 +350,9 @@ class Platform:
 
         # Ray prints that actors die, which is what stopping means.
         worker.print_to_stdstream = lambda *_, **__: None
-        client = context._get_global_client()
+        client = context._get_global_client(raise_if_no_controller_running=False)
+        if client is None:
+            return  # Ray Serve has not started
         # A shutdown ends the proxies at once, and with them what is in flight: the models go before.
         names = {application_name(name) for name in self._running}
         client.delete_apps(list(names), blocking=False)

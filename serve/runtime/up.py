@@ -77,7 +77,7 @@ class Up:
             self._is_ending = True
             self._board.hide()
             if self._is_started:
-                self._board.say("stopping: draining what is in flight")
+                self._board.say("stopping" if self._platform.is_lost else "stopping: draining what is in flight")
             with _deferred_signals():
                 self._platform.stop()
                 state.remove(self._settings)

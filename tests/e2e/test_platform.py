@@ -213,8 +213,8 @@ def test_a_killed_replica_comes_back_and_the_others_do_not_notice(platform: Runn
         os.kill(victim, signal.SIGKILL)
         wait_until(lambda: came_back(platform.url, "two", victim))
     assert set(other.statuses) == {200}
-    # What a client sees meanwhile, as the README says: 500 or a closed connection for what was in flight, then 503.
-    assert {status for status in own.statuses if isinstance(status, int)} <= {200, 500, 503}
+    # What a client sees meanwhile, as the README says: 503, or a connection that is closed in the middle of an answer.
+    assert {status for status in own.statuses if isinstance(status, int)} <= {200, 503}
 
 
 def counted(url: str, model: str) -> float:

@@ -27,7 +27,7 @@ class Client:
 
     def __init__(self, url: str) -> None:
         self.sent: dict[str, tuple[str, str]] = {}  # trace -> the client's span, what was sent
-        self._http = httpx.AsyncClient(base_url=url, timeout=60, limits=httpx.Limits(max_connections=32))
+        self._http = httpx.AsyncClient(base_url=url, timeout=300, limits=httpx.Limits(max_connections=32))
         self._dice = random.Random(5)
 
     async def close(self) -> None:

@@ -632,6 +632,8 @@ def test_kuberays_cluster_keeps_its_rules():
     assert cluster["rayVersion"].startswith("2.60")
     assert cluster["gcsFaultToleranceOptions"]["storage"] == {"size": "2Gi", "storageClassName": "fast"}
     assert cluster["enableInTreeAutoscaling"] is True
+    # Ports are KubeRay's to add; without an address of its own, the Service would lead workers to a head that is gone.
+    assert cluster["headGroupSpec"]["headService"]["spec"] == {"publishNotReadyAddresses": True}
     cpu, gpu = cluster["workerGroupSpecs"]
     assert (cpu["replicas"], cpu["minReplicas"], cpu["maxReplicas"]) == (2, 2, 6)
     assert (gpu["replicas"], gpu["minReplicas"], gpu["maxReplicas"]) == (0, 0, 3)

@@ -17,7 +17,7 @@ import httpx
 from loadtests.observe.prometheus import Prometheus, running_prometheus
 from serve.runtime.local import free_ports
 from tests.e2e.running import Running, running_platform, wait_until
-from tests.scraping import OPENMETRICS
+from tests.scraping import OPENMETRICS, Samples, parse
 
 CLASS = '''
 import time
@@ -115,6 +115,7 @@ def observing(folder: Path) -> Iterator[Observed]:
     declaration.write_text(DECLARATION)
     with running_platform(declaration, folder) as platform, _prometheus(folder, platform) as prometheus:
         start = time.time()
+        read: list[str] = []
         for model in MODELS:
             platform.wait_for(model)
         with Load(platform.url, threads=6):
@@ -124,8 +125,23 @@ def observing(folder: Path) -> Iterator[Observed]:
             if prometheus:
                 expr = "sum(increase(roundhouse_scaling_decisions_total[1m])) > 0"
                 wait_until(lambda: prometheus.at(expr, time.time()))
-            metrics = httpx.get(f"{platform.url}/metrics", headers={"accept": OPENMETRICS}).text
+
+            # Each gateway hears of a replica in its own time, and another one may have explained.
+            def both_are_told() -> bool:
+                read.append(_metrics(platform))
+                return _ready_replicas(read[-1]) == 2
+
+            wait_until(both_are_told)
+            metrics = read[-1]
         yield Observed(platform, metrics, prometheus, start, time.time())
+
+
+def _metrics(platform: Running) -> str:
+    return httpx.get(f"{platform.url}/metrics", headers={"accept": OPENMETRICS}).text
+
+
+def _ready_replicas(metrics: str) -> float:
+    return Samples(parse(metrics))("scaling_replicas", model="scaled", state="ready")
 
 
 @contextlib.contextmanager

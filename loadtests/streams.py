@@ -14,18 +14,19 @@ import tempfile
 import time
 from pathlib import Path
 
-import httpx
 import openai
 import yaml
 from openai.types.chat import ChatCompletionChunk
 
+from loadtests.peers.client import Exchange
 from loadtests.peers.environments import ROOT
 from loadtests.peers.processes import Tree, free_port
+from loadtests.telemetry.__main__ import ready
 
 MODEL = "smollm2"
 REPORT = ROOT / "loadtests" / "reports" / "streams.md"
 _TOGETHER = 8
-_READY_S = 300.0
+_IS_READY = Exchange(f"GET /v2/models/{MODEL}/ready HTTP/1.1\r\nhost: a\r\n\r\n".encode(), lambda _: True)
 _SUBJECTS = ("the sea", "a lighthouse", "bread", "a train", "winter", "a garden", "glass", "an old town")
 
 
@@ -59,7 +60,7 @@ async def _measure(rounds: int, tokens: int) -> list[tuple[float, float, float]]
         port = free_port()
         tree = _serve(Path(folder), port)
         try:
-            await _wait_until_ready(port, tree)
+            await ready(port, _IS_READY, tree)
             client = openai.AsyncOpenAI(
                 base_url=f"http://127.0.0.1:{port}/v2/models/{MODEL}/v1", api_key="none", max_retries=0
             )
@@ -85,19 +86,6 @@ def _serve(folder: Path, port: int) -> Tree:
         folder=folder,
         log=folder / "up.log",
     )
-
-
-async def _wait_until_ready(port: int, tree: Tree) -> None:
-    deadline = time.monotonic() + _READY_S
-    async with httpx.AsyncClient() as client:
-        while time.monotonic() < deadline and not tree.ended:
-            try:
-                if (await client.get(f"http://127.0.0.1:{port}/v2/models/{MODEL}/ready")).status_code == 200:
-                    return
-            except httpx.HTTPError:
-                pass
-            await asyncio.sleep(0.2)
-    sys.exit(f"{MODEL} did not become ready:\n{tree.log.read_text(errors='replace')[-2000:]}")
 
 
 async def _tokens_a_second(client: openai.AsyncOpenAI, streams: int, tokens: int) -> float:

@@ -47,8 +47,9 @@ def request_of(spans: Iterable[Span], *, offset_ns: int, resource: Mapping[str, 
     """
     told = [ScopeSpans(scope=InstrumentationScope(name=scope[0], version=scope[1])).SerializeToString()]
     told += [_span(span, offset_ns) for span in spans]
-    known = Resource(attributes=[KeyValue(key=name, value=_value(value)) for name, value in resource.items()])
-    of_resource = ResourceSpans(resource=known).SerializeToString() + _field(_SCOPE_SPANS, b"".join(told))
+    of_resource = ResourceSpans(resource=Resource(attributes=_pairs(resource))).SerializeToString() + _field(
+        _SCOPE_SPANS, b"".join(told)
+    )
     return _field(_RESOURCE_SPANS, of_resource)
 
 
@@ -80,8 +81,7 @@ def _span(span: Span, offset_ns: int) -> bytes:
 def _seldom(span: Span, offset_ns: int) -> bytes:
     message = Message(trace_state=span.state.decode("latin-1"))
     for name, at, attributes in span.events:
-        told = [KeyValue(key=key, value=_value(value)) for key, value in attributes.items()]
-        message.events.add(name=name, time_unix_nano=int(at * 1e9) + offset_ns, attributes=told)
+        message.events.add(name=name, time_unix_nano=int(at * 1e9) + offset_ns, attributes=_pairs(attributes))
     if span.error is not None:
         message.status.CopyFrom(Status(code=Status.STATUS_CODE_ERROR, message=span.error))
     return _bytes(message)
@@ -116,7 +116,11 @@ def _scalar(name: str, value: str | float | bytes) -> bytes:
 
 
 def _serialized(name: str, value: Any) -> bytes:
-    return _bytes(Message(attributes=[KeyValue(key=name, value=_value(value))]))
+    return _bytes(Message(attributes=_pairs({name: value})))
+
+
+def _pairs(told: Mapping[str, Any]) -> list[KeyValue]:
+    return [KeyValue(key=name, value=_value(value)) for name, value in told.items()]
 
 
 def _value(value: Any) -> AnyValue:

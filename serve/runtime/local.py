@@ -98,8 +98,18 @@ def ray_environment(folder: Path, *, ports: Sequence[int], hard_stop_s: float) -
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(hard_stop_s)),
+        # After three looks in vain an HAProxy is replaced: here nothing else answers meanwhile.
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "3",
         # Ray's own counters have no reader here; gathering them is a tenth of what an idle platform uses.
         "RAY_enable_metrics_collection": "0",
+        # Nor have its statistics of processes, loops and tasks, the rest but for what its dashboard shows. Of one node
+        # nobody has to know within a tenth of a second what is free.
+        "REPORTER_UPDATE_INTERVAL_MS": "60000",
+        "RAY_event_stats": "0",
+        "RAY_task_events_report_interval_ms": "0",
+        "RAY_raylet_report_resources_period_milliseconds": "1000",
+        "RAY_raylet_check_gc_period_milliseconds": "1000",
+        "RAY_memory_monitor_refresh_ms": "1000",
         # Workers that Ray starts ahead belong to no driver yet, and could not be forked from one that does.
         "RAY_enable_worker_prestart": "0",
         "RAY_prestart_worker_first_driver": "0",
@@ -221,6 +231,9 @@ class Platform:
     def _start_ray(self, node_ports: Sequence[int]) -> None:
         import ray
 
+        from ray._private import ray_constants
+        from ray.experimental.internal_kv import _internal_kv_put
+
         # The node's own processes take a while to come up; what Ray Serve needs is imported meanwhile.
         threading.Thread(target=importlib.import_module, args=("ray.serve",), daemon=True).start()
         export_port, *ports = node_ports
@@ -240,6 +253,12 @@ class Platform:
                     _temp_dir=str(self._ray_folder),
                     _metrics_export_port=export_port,  # see `_lean_node` for those of the other agents
                     _system_config={"num_workers_soft_limit": 1, "worker_register_timeout_seconds": 120},
+                )
+            if not self._dashboard:
+                # An agent looks for it every second otherwise, and logs a traceback each time.
+                where = f"http://127.0.0.1:{_DASHBOARD_PORT}"
+                _internal_kv_put(
+                    ray_constants.DASHBOARD_ADDRESS, where, namespace=ray_constants.KV_NAMESPACE_DASHBOARD
                 )
         except Exception as error:
             raise self._lost(f"Ray did not start: {error}", "") from error

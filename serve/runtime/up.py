@@ -19,7 +19,7 @@ import psutil
 
 from serve.api.directory import ModelStatus
 from serve.api.documents import curl
-from serve.declaration import Declaration, load_declaration
+from serve.declaration import Declaration, InvalidDeclaration, load_declaration
 from serve.errors import SpecError
 from serve.runtime import state
 from serve.runtime.board import Board, settled, time_spent
@@ -29,6 +29,7 @@ from serve.settings import Settings
 from serve.spec import ModelSpec
 from serve.telemetry.lines import form_of, renderer
 from serve.telemetry.logs import Log, to_stream
+from serve.yaml_tree import MAX_BYTES, Problem
 
 if TYPE_CHECKING:
     from serve.runtime.directory import Asker
@@ -101,12 +102,18 @@ class Up:
 
     def _load(self) -> Declaration:
         self._seen = self._content()
+        if self._path.exists() and not self._path.is_file() and not self._path.is_dir():
+            what = "is no regular file, which `up` reads again whenever it changes; `check` and `render` take a pipe"
+            raise InvalidDeclaration([Problem(str(self._path), None, None, "", what)])
         return load_declaration(self._path)
 
     def _content(self) -> bytes:
         try:
-            return self._path.read_bytes()
-        except OSError:
+            if not self._path.is_file():
+                return b""
+            with self._path.open("rb") as file:
+                return file.read(MAX_BYTES + 1)
+        except (OSError, ValueError):
             return b""  # reading it as a declaration tells why
 
     def _start(self, declaration: Declaration) -> None:

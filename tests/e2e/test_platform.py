@@ -10,8 +10,9 @@ import shutil
 import signal
 import socket
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,67 @@ def test_a_wrong_edit_changes_nothing(platform: Running):
     wait_until(lambda: "did you mean" in platform.log.read_text())
     assert answer(platform.url, "one")[1] == pid
     platform.declaration.write_text(before)
+
+
+def test_what_takes_the_place_of_the_declaration_changes_nothing(platform: Running):
+    before = platform.declaration.read_text()
+    _, pid = answer(platform.url, "one")
+    aside = platform.declaration.with_suffix(".before")
+    wicked: list[tuple[Callable[[], object], str]] = [
+        (lambda: None, "no such file"),
+        (platform.declaration.mkdir, "is a folder"),
+        (lambda: os.mkfifo(platform.declaration), "is no regular file"),
+        (lambda: platform.declaration.symlink_to("/dev/zero"), "is no regular file"),
+        (lambda: platform.declaration.symlink_to(platform.declaration), "cannot be read"),
+        (lambda: platform.declaration.write_bytes(b"models: \xff\x00"), "models.yaml:1"),
+        (lambda: platform.declaration.write_bytes(b"#" * 2**22), "is larger than 1 MiB"),
+    ]
+    platform.declaration.rename(aside)
+    told = platform.log.stat().st_size
+    for put, says in wicked:
+        put()
+        wait_until(lambda says=says, told=told: says in platform.log.read_bytes()[told:].decode())
+        told = platform.log.stat().st_size
+        if platform.declaration.is_dir():
+            platform.declaration.rmdir()
+        else:
+            platform.declaration.unlink(missing_ok=True)
+        platform.declaration.write_text(before)
+        wait_until(lambda told=told: "no model is different" in platform.log.read_bytes()[told:].decode())
+        assert answer(platform.url, "one")[1] == pid
+        told = platform.log.stat().st_size
+        platform.declaration.unlink()
+    aside.rename(platform.declaration)
+
+
+def test_of_many_quick_edits_the_last_is_served(platform: Running):
+    before = platform.declaration.read_text()
+    _, pid = answer(platform.url, "one")
+    values, _ = answer(platform.url, "two")
+    with Load(platform.url, "one") as other, Load(platform.url, "two") as own:
+        for factor in range(5, 25):
+            edit = platform.declaration.with_suffix(".new")
+            edit.write_text("models:\n" + entry("one") + entry("two", more=f", arguments: {{factor: {factor}}}"))
+            edit.replace(platform.declaration)
+            time.sleep(0.4)  # an editor's pace, faster than a replica starts
+        wait_until(lambda: answered(platform.url, "two") == [24, 48])
+        platform.declaration.write_text(before)
+        wait_until(lambda: answered(platform.url, "two") == values)
+    assert answer(platform.url, "one")[1] == pid
+    assert set(other.statuses) == {200}
+    assert set(own.statuses) == {200}
+
+
+def test_a_rename_serves_the_new_name_and_ends_the_old(platform: Running):
+    before = platform.declaration.read_text()
+    with Load(platform.url, "one") as load:
+        platform.declaration.write_text(before.replace("name: two,", "name: second,"))
+        platform.wait_for("second")
+        wait_until(lambda: httpx.get(f"{platform.url}/v2/models/two").status_code == 404)
+        platform.declaration.write_text(before)
+        platform.wait_for("two")
+        wait_until(lambda: httpx.get(f"{platform.url}/v2/models/second").status_code == 404)
+    assert set(load.statuses) == {200}
 
 
 def test_a_model_that_fails_says_why_and_stops_nobody(platform: Running):

@@ -45,6 +45,9 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # A replica raises its own thread count to what its model declares; everything else needs one.
     "OMP_NUM_THREADS": "1",
+    # A team's threads wait for each other without sleeping for some tens of microseconds, between two products, and not
+    # the default's milliseconds: beside another busy process those keep the thread that is waited for from its core.
+    "GOMP_SPINCOUNT": "5000",
     "TOKENIZERS_PARALLELISM": "false",
     # glibc would give large buffers back after each batch and fault them in again for the next.
     "MALLOC_MMAP_THRESHOLD_": str(2**30),

@@ -217,7 +217,7 @@ def test_what_takes_the_place_of_the_declaration_changes_nothing(platform: Runni
         else:
             platform.declaration.unlink(missing_ok=True)
         platform.declaration.write_text(before)
-        wait_until(lambda told=told: "no model is different" in platform.log.read_bytes()[told:].decode())
+        wait_until(lambda told=told: "models.yaml changed: " in platform.log.read_bytes()[told:].decode())
         assert answer(platform.url, "one")[1] == pid
         told = platform.log.stat().st_size
         platform.declaration.unlink()

@@ -34,7 +34,7 @@ observe: $(VENV)/.serve $(COLLECTOR) ## Watch what `make serve` serves: Promethe
 test: test-unit test-e2e ## Set up, then run every test
 
 test-unit: $(VENV)/.dev $(TOOLS) $(CHECKS) ## The tests that start no platform
-	$(BIN)/python -m pytest tests -m "not e2e and not cluster"
+	$(BIN)/python -m pytest tests -m "not e2e and not cluster" --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-e2e: $(VENV)/.dev ## The tests that start platforms, as a user does
 	$(BIN)/python -m pytest tests/e2e

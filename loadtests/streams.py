@@ -21,6 +21,7 @@ from openai.types.chat import ChatCompletionChunk
 from loadtests.peers.client import Exchange
 from loadtests.peers.environments import ROOT
 from loadtests.peers.processes import Tree, free_port
+from loadtests.peers.report import machine
 from loadtests.telemetry.__main__ import ready
 
 MODEL = "smollm2"
@@ -43,6 +44,8 @@ def main() -> None:
 
 {time.strftime("%Y-%m-%d %H:%M")}; {MODEL}, answers of {arguments.tokens} tokens, through the platform.
 `python -m loadtests.streams` measures again.
+
+{machine()}
 
 | round | 1 stream, tokens/s | {_TOGETHER} streams, tokens/s | ratio |
 |---|---|---|---|

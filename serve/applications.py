@@ -34,7 +34,7 @@ ENVIRONMENT = {
     # Ray's spans, and those of a model's own code, join the traces that ours began, and begin none.
     "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": "serve.runtime.ray_spans:processors",
     "RAY_SERVE_TRACING_SAMPLING_RATIO": "0",
-    # Ten rounds of the controller a second are half of what an idle platform uses; two are as good to a person.
+    # Ten rounds of the controller a second are most of what an idle platform would use; two are as good to a person.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     # Ray Serve's counters have no reader but a scraper of Ray's own metrics, who comes every ten seconds or more.
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
@@ -45,8 +45,8 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # A replica raises its own thread count to what its model declares; everything else needs one.
     "OMP_NUM_THREADS": "1",
-    # A team's threads wait for each other without sleeping for some tens of microseconds, between two products, and not
-    # the default's milliseconds: beside another busy process those keep the thread that is waited for from its core.
+    # Between two products a team's threads wait awake for some tens of microseconds. The default's milliseconds would
+    # keep, beside another busy process, the one that is waited for from its core.
     "GOMP_SPINCOUNT": "5000",
     "TOKENIZERS_PARALLELISM": "false",
     # glibc would give large buffers back after each batch and fault them in again for the next.

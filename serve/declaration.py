@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 import re
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -81,13 +83,31 @@ def load_declaration(path: str | Path) -> Declaration:
     Raises:
         InvalidDeclaration: The file cannot be read or holds any problem.
     """
+    return parse_declaration(read_declaration(path), path=Path(path), base_dir=Path(path).resolve().parent)
+
+
+def read_declaration(path: str | Path, *, again: bool = False) -> bytes:
+    """Return the bytes of a declaration; of one that is too large, no more than shows that.
+
+    Args:
+        again: It will be read once more: what is no regular file, and might be waited for, is refused.
+
+    Raises:
+        InvalidDeclaration: The file cannot be read.
+    """
     try:
-        with Path(path).open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-        base_dir = Path(path).resolve().parent
-    except (OSError, ValueError, RuntimeError) as error:
+        with open(path, "rb", opener=_open_at_once if again else None) as file:
+            if again and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError(
+                    "it is no regular file, and is read again at every edit (`check` and `render` take a pipe)"
+                )
+            return file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
         raise InvalidDeclaration([Problem(str(path), None, None, "", _unreadable(path, error))]) from error
-    return parse_declaration(data, path=Path(path), base_dir=base_dir)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _unreadable(path: str | Path, error: Exception) -> str:

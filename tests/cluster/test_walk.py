@@ -325,6 +325,7 @@ def test_an_api_server_that_is_away_for_a_minute_costs_nothing_and_edits_wait(si
             time.sleep(60)
     finally:
         subprocess.run(start, shell=True, check=False)  # its own patience with the node is not what is tested
+    until("the API server answers", _renewals)
     # Kubernetes itself may now take nodes for lost, and their pods out of Services, until their kubelets have reported:
     # the first report may cross with that, and the second, ten seconds later, comes after it.
     for _ in range(2):

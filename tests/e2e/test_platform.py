@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import json
 import os
@@ -143,8 +144,7 @@ def test_the_documents_show_a_request_that_it_answers(platform: Running):
 
 
 def test_the_log_of_a_failing_predict_is_one_line_with_the_requests_identifier(platform: Running):
-    [told] = [found for found in events(platform.log) if " logs in " in found["message"]]
-    folder = Path(told["message"].rpartition(" logs in ")[2])
+    folder = logs(platform)
     [log] = (folder / "roundhouse").glob("model-one_*.log")
     printed = Follower(folder, log_format="json")
     list(printed.poll())
@@ -202,26 +202,30 @@ def test_what_takes_the_place_of_the_declaration_changes_nothing(platform: Runni
         (platform.declaration.mkdir, "is a folder"),
         (lambda: os.mkfifo(platform.declaration), "is no regular file"),
         (lambda: platform.declaration.symlink_to("/dev/zero"), "is no regular file"),
-        (lambda: platform.declaration.symlink_to(platform.declaration), "cannot be read"),
+        (lambda: platform.declaration.symlink_to(platform.declaration), "levels of symbolic links"),
+        (lambda: platform.declaration.symlink_to("n" * 300), "name too long"),
         (lambda: platform.declaration.write_bytes(b"models: \xff\x00"), "models.yaml:1"),
         (lambda: platform.declaration.write_bytes(b"#" * 2**22), "is larger than 1 MiB"),
     ]
     platform.declaration.rename(aside)
-    told = platform.log.stat().st_size
-    for put, says in wicked:
-        put()
-        wait_until(lambda says=says, told=told: says in platform.log.read_bytes()[told:].decode())
-        told = platform.log.stat().st_size
-        if platform.declaration.is_dir():
-            platform.declaration.rmdir()
-        else:
-            platform.declaration.unlink(missing_ok=True)
-        platform.declaration.write_text(before)
-        wait_until(lambda told=told: "models.yaml changed: " in platform.log.read_bytes()[told:].decode())
-        assert answer(platform.url, "one")[1] == pid
-        told = platform.log.stat().st_size
-        platform.declaration.unlink()
-    aside.rename(platform.declaration)
+    try:
+        for put, says in wicked:
+            told = platform.log.stat().st_size
+            put()
+            wait_until(lambda says=says, told=told: says in platform.log.read_bytes()[told:].decode())
+            told = platform.log.stat().st_size
+            remove(platform.declaration)
+            platform.declaration.write_text(before)
+            wait_until(lambda told=told: "models.yaml changed: " in platform.log.read_bytes()[told:].decode())
+            assert answer(platform.url, "one")[1] == pid
+            platform.declaration.unlink()
+    finally:
+        remove(platform.declaration)
+        aside.rename(platform.declaration)
+
+
+def remove(path: Path) -> None:
+    path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def test_of_many_quick_edits_the_last_is_served(platform: Running):
@@ -247,10 +251,10 @@ def test_a_rename_serves_the_new_name_and_ends_the_old(platform: Running):
     with Load(platform.url, "one") as load:
         platform.declaration.write_text(before.replace("name: two,", "name: second,"))
         platform.wait_for("second")
-        wait_until(lambda: httpx.get(f"{platform.url}/v2/models/two").status_code == 404)
+        wait_until(lambda: is_unknown(platform.url, "two"))
         platform.declaration.write_text(before)
         platform.wait_for("two")
-        wait_until(lambda: httpx.get(f"{platform.url}/v2/models/second").status_code == 404)
+        wait_until(lambda: is_unknown(platform.url, "second"))
     assert set(load.statuses) == {200}
 
 
@@ -296,6 +300,27 @@ def test_a_killed_replica_takes_no_count_with_it(platform: Running):
     os.kill(victim, signal.SIGKILL)
     wait_until(lambda: came_back(platform.url, "two", victim))
     assert counted(platform.url, "two") > before
+
+
+def test_an_haproxy_that_is_killed_is_soon_replaced(platform: Running):
+    family = psutil.Process(platform.process.pid).children(recursive=True)
+    [victim] = [process for process in family if process.name() == "haproxy"]
+    before = {process.pid for process in family}
+    victim.kill()
+
+    def another() -> bool:
+        names = {one.pid: one.name() for one in psutil.Process(platform.process.pid).children(recursive=True)}
+        return any(name == "haproxy" and pid not in before for pid, name in names.items())
+
+    wait_until(another, within_s=20)  # Ray's own patience is half a minute
+    wait_until(lambda: answered(platform.url, "one"))
+
+
+def test_rays_agent_does_not_look_every_second_for_a_dashboard_that_is_not_there(platform: Running):
+    log = logs(platform) / "dashboard_agent.log"
+    known = "Get dashboard http address failed"
+    wait_until(lambda: time.time() - log.stat().st_mtime > 5 or log.read_text().count(known) > 20)
+    assert log.read_text().count(known) <= 20
 
 
 def test_what_is_open_without_a_token_listens_on_this_machine_alone(platform: Running):
@@ -404,6 +429,12 @@ def test_a_wrong_declaration_starts_nothing(tmp_path: Path):
     assert "did you mean task" in done.stderr
 
 
+def logs(platform: Running) -> Path:
+    """Return the folder of Ray's and our logs."""
+    [told] = [found for found in events(platform.log) if " logs in " in found["message"]]
+    return Path(told["message"].rpartition(" logs in ")[2])
+
+
 def events(log: Path) -> list[dict[str, Any]]:
     """Return the events of a file that has nothing else; Ray prints a line or two into that of `up`."""
     return [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
@@ -415,6 +446,13 @@ def answered(url: str, model: str) -> list[float] | None:
         return answer(url, model)[0]
     except (AssertionError, httpx.HTTPError):
         return None
+
+
+def is_unknown(url: str, model: str) -> bool:
+    """Return whether a model is not served and not to come."""
+    with contextlib.suppress(httpx.HTTPError):
+        return httpx.get(f"{url}/v2/models/{model}").status_code == 404
+    return False
 
 
 def came_back(url: str, model: str, victim: int) -> bool:

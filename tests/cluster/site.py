@@ -243,7 +243,7 @@ class Load:
             while not self._over.wait(0.2):
                 try:
                     answer = ask(client)
-                    told = "" if answer.status_code == 200 else f"{answer.status_code} {answer.text[:300]}"
+                    told = "" if answer.status_code == 200 else _told(answer)
                 except httpx.HTTPError as error:
                     told = repr(error)
                 self.answers[route] += 1
@@ -272,6 +272,11 @@ class Load:
             for thread in threads:
                 thread.join()
         assert endures or not self.failures, (self.failures[:5], len(self.failures), self.answers)
+
+
+def _told(answer: httpx.Response) -> str:
+    """Return what a failure said, with what tells who said it."""
+    return f"{answer.status_code} {dict(answer.headers)} {answer.text[:300]}"
 
 
 def ask(client: httpx.Client, name: str, field: str) -> httpx.Response:

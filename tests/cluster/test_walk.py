@@ -396,7 +396,8 @@ def _audited(log: Path, account: str, *, since: str) -> tuple[set[tuple[str, str
     used, refused = set(), set()
     for line in log.read_text().splitlines():
         event = json.loads(line)
-        if event["user"]["username"] != account or event["requestReceivedTimestamp"] < since:
+        # A request that broke off before it was known who sent it, as when the API server stops, has nobody.
+        if event["user"].get("username") != account or event["requestReceivedTimestamp"] < since:
             continue
         if "objectRef" not in event:
             continue

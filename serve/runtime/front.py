@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 
 from serve.api.wire import PROXYS_OWN
@@ -44,7 +45,7 @@ _ERRORS = rf"""    acl openai_words path_beg /v1/
 """  # noqa: E501
 
 
-class UnknownConfiguration(Exception):
+class UnknownConfiguration(ValueError):
     """Ray's configuration of HAProxy is another than the one known here."""
 
 
@@ -95,9 +96,10 @@ def stand_in() -> Path:
 def main() -> None:
     """Word the configuration that the arguments name, and become HAProxy."""
     arguments = sys.argv[1:]
-    file = Path(arguments[arguments.index("-f") + 1])
     try:
-        file.write_text(worded(file.read_text(), os.environ.get(HOST_VARIABLE)))
-    except UnknownConfiguration as error:
-        sys.exit(str(error))
+        for option, file in pairwise(arguments):
+            if option == "-f":
+                Path(file).write_text(worded(Path(file).read_text(), os.environ.get(HOST_VARIABLE)))
+    except (OSError, ValueError) as error:
+        sys.exit(f"{_COMMAND}: {error}")
     os.execv(haproxy_binary(), [haproxy_binary(), *arguments])  # noqa: S606

@@ -129,3 +129,13 @@ def test_what_is_worded_already_stays_as_it_is(host: str | None):
 def test_a_configuration_that_is_not_known_is_refused(line: str):
     with pytest.raises(UnknownConfiguration, match="of HAProxy has"):
         worded(RAYS.replace(line + "\n", "", 1), "192.0.2.1")
+
+
+def test_the_command_says_what_is_wrong_with_a_configuration(tmp_path: Path):
+    unknown = tmp_path / "haproxy.cfg"
+    unknown.write_text("global\n")
+    for file, words in ((unknown, "of HAProxy has 0 of"), (tmp_path / "none.cfg", "No such file")):
+        told = subprocess.run([stand_in(), "-f", file], capture_output=True, text=True, timeout=60, check=False)
+        assert (told.returncode, told.stderr.count("\n")) == (1, 1)
+        assert told.stderr.startswith("roundhouse-haproxy: ")
+        assert words in told.stderr

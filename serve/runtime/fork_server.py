@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import functools
 import gc
 import importlib
 import importlib.util
@@ -21,13 +22,15 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from serve.runtime.launcher import SCRIPT_VARIABLE, SOCKET_VARIABLE, send_order
+from serve.runtime.setup_worker import SCRIPT_VARIABLE as SETUP_VARIABLE
 
 LAUNCHER = Path(__file__).with_name("launcher.py")
+_SETUP = Path(__file__).with_name("setup_worker.py")
 
 # What Ray imports itself, and what replicas need, as far as it can be had before Ray is.
 _BEFORE_RAY = (
@@ -66,7 +69,8 @@ def start(folder: Path, *, modules: Sequence[str]) -> subprocess.Popen[bytes]:
     listener.bind(str(address))
     listener.listen(64)
     os.environ[SOCKET_VARIABLE] = str(address)
-    os.environ[SCRIPT_VARIABLE] = _worker_script()
+    os.environ[SCRIPT_VARIABLE] = _rays("default_worker.py")
+    os.environ[SETUP_VARIABLE] = _rays("setup_worker.py")
     with listener, (folder / "fork.log").open("wb") as log:
         return subprocess.Popen(  # noqa: S603
             [sys.executable, "-m", "serve.runtime.fork_server", str(listener.fileno()), str(os.getpid()), *modules],
@@ -78,15 +82,37 @@ def start(folder: Path, *, modules: Sequence[str]) -> subprocess.Popen[bytes]:
         )
 
 
-def _worker_script() -> str:
+@contextlib.contextmanager
+def employed() -> Iterator[None]:
+    """Have the raylet that is started here take its workers from this process's fork server.
+
+    `ray.init` and `ray start` have no arguments for it; Ray 2.60's private node and parameters have.
+    """
+    from ray._private import node, parameter
+
+    params, start_raylet = parameter.RayParams, node.Node.start_raylet
+
+    def start_and_announce(self: Any, *arguments: Any, **named: Any) -> None:
+        start_raylet(self, *arguments, **named)
+        _announce(self.all_processes["raylet"][0].process.pid)
+
+    node.Node.start_raylet = start_and_announce
+    parameter.RayParams = functools.partial(params, worker_path=str(LAUNCHER), setup_worker_path=str(_SETUP))
+    try:
+        yield
+    finally:
+        parameter.RayParams, node.Node.start_raylet = params, start_raylet
+
+
+def _rays(script: str) -> str:
     """Return what Ray would have started, found without importing Ray."""
     found = importlib.util.find_spec("ray")
     if found is None or found.origin is None:
         raise ImportError("Ray is not installed")
-    return str(Path(found.origin).with_name("_private") / "workers" / "default_worker.py")
+    return str(Path(found.origin).with_name("_private") / "workers" / script)
 
 
-def announce(raylet_pid: int) -> None:
+def _announce(raylet_pid: int) -> None:
     """Let the fork server of this process import Ray, now that the raylet is known, before anybody asks for a fork."""
     order = {"environment": {"RAY_JOB_ID": _FIRST_JOB, "RAY_RAYLET_PID": str(raylet_pid)}}
     with socket.socket(socket.AF_UNIX) as connection:

@@ -114,9 +114,6 @@ def ray_environment(
         # A single node has no other that must know at once what it has free.
         "RAY_raylet_report_resources_period_milliseconds": "1000",
         "RAY_raylet_check_gc_period_milliseconds": "1000",
-        # Workers that Ray starts ahead belong to no driver yet, and could not be forked from one that does.
-        "RAY_enable_worker_prestart": "0",
-        "RAY_prestart_worker_first_driver": "0",
         "RAY_raylet_start_wait_time_s": "2",
         # Every process of this run, the fork server first, must find the same token from its beginning.
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
@@ -253,7 +250,8 @@ class Platform:
         threading.Thread(target=importlib.import_module, args=("ray.serve",), daemon=True).start()
         export_port, *ports = node_ports
         try:
-            with _lean_node(dashboard=self._dashboard, fork=_CAN_FORK, ports=ports):
+            forks = fork_server.employed() if _CAN_FORK else contextlib.nullcontext()
+            with _lean_node(dashboard=self._dashboard, ports=ports), forks:
                 ray.init(
                     num_cpus=_LOGICAL_CPUS,
                     object_store_memory=_OBJECT_STORE_BYTES,
@@ -267,7 +265,7 @@ class Platform:
                     namespace="roundhouse",
                     _temp_dir=str(self._ray_folder),
                     _metrics_export_port=export_port,  # see `_lean_node` for those of the other agents
-                    _system_config={"num_workers_soft_limit": 1, "worker_register_timeout_seconds": 120},
+                    _system_config={"num_workers_soft_limit": 1},
                 )
             if not self._dashboard:
                 _internal_kv_put(
@@ -396,7 +394,7 @@ class Platform:
 
 
 @contextlib.contextmanager
-def _lean_node(*, dashboard: bool, fork: bool, ports: Sequence[int]) -> Iterator[None]:
+def _lean_node(*, dashboard: bool, ports: Sequence[int]) -> Iterator[None]:
     """Leave out what a local node has no use for and a start would wait for, some seconds and 200 MB together.
 
     That is the process that sizes clusters, the one that copies logs to a driver that shows none, and, unless it was
@@ -419,11 +417,9 @@ def _lean_node(*, dashboard: bool, fork: bool, ports: Sequence[int]) -> Iterator
         with _blocked(signal.SIGHUP):
             return start_process([*command, *more], process_type, *arguments, **named)
 
-    def start_and_announce(self: Any, *arguments: Any, **named: Any) -> None:
+    def start_and_keep(self: Any, *arguments: Any, **named: Any) -> None:
         start_raylet(self, *arguments, **named)
         raylets.append(self.all_processes["raylet"][0].process)
-        if fork:
-            fork_server.announce(raylets[0].pid)
 
     def wait_for_node(address: str, node_id: str) -> Any:
         """Have the patience that Ray lacks: a machine that starts several platforms takes longer than half a minute."""
@@ -441,9 +437,7 @@ def _lean_node(*, dashboard: bool, fork: bool, ports: Sequence[int]) -> Iterator
     named: dict[str, Any] = dict(
         zip(("metrics_agent_port", "runtime_env_agent_port", "dashboard_agent_listen_port"), ports, strict=True)
     )
-    if fork:
-        named["worker_path"] = str(fork_server.LAUNCHER)
-    node.Node.start_raylet = start_and_announce
+    node.Node.start_raylet = start_and_keep
     parameter.RayParams = functools.partial(params, no_monitor=True, include_log_monitor=False, **named)
     services.get_node, services.start_ray_process = wait_for_node, start_apart
     if not dashboard:

@@ -155,6 +155,13 @@ class Site:
 
         until("everything is Ready", settled, told=lambda: self.kubectl("get", "pods,models.roundhouse.dev"))
 
+    def is_led_to(self) -> bool:
+        """Return whether every pod behind the Service of the models takes requests that come by the node's port."""
+        slices = self.get("endpointslices", f"--selector=kubernetes.io/service-name={NAME}-inference")["items"]
+        endpoints = [endpoint for each in slices for endpoint in each["endpoints"] or ()]
+        are_ready = bool(endpoints) and all(endpoint["conditions"]["ready"] for endpoint in endpoints)
+        return are_ready and self.http.get("/v2/health/live").status_code == 200
+
     def _is_one_cluster(self) -> bool:
         """Return whether KubeRay, where it runs Ray, has seen the RayService as it is, and replaces no cluster."""
         if self.provider == "builtin":

@@ -334,6 +334,8 @@ def test_an_api_server_that_is_away_for_a_minute_costs_nothing_and_edits_wait(si
     nodes = ("kubectl", "wait", "--for=condition=Ready", "nodes", "--all", "--timeout=3m")
     until("the nodes are back", lambda: run(*nodes))
     site.settle()
+    # What Kubernetes took out of the Service it takes back in its own time, with pauses that double at each error.
+    until("the Service leads to them", site.is_led_to, told=lambda: site.kubectl("get", "endpointslices,pods"))
     with Load(site, "minilm", "vad").running():
         site.put("late", **HEARD)
         until("the edit is seen", lambda: site.is_ready("late"))

@@ -92,8 +92,7 @@ def route_prefix(model: str) -> str:
 def deployment_options(spec: ModelSpec) -> dict[str, Any]:
     """Return the options of a model's one deployment but its number of replicas.
 
-    No runtime_env: with one, Ray could not give the replica a process that it has started ahead, as it does on one
-    machine.
+    No runtime_env: Ray would set one up before each replica starts, and on one machine nothing needs it.
     """
     actor: dict[str, Any] = {"num_cpus": spec.resources.cpus}
     if spec.resources.gpus:

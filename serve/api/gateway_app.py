@@ -32,12 +32,12 @@ from serve.api.errors import (
 )
 from serve.api.explanation import explanation
 from serve.api.forward import Reply, Upstream, UpstreamError
+from serve.api.headers import PROXYS_OWN
 from serve.api.insight import NO_INSIGHT, Insight, samples
 from serve.api.multipart import parse_form
 from serve.api.pages import gateway_page
 from serve.api.wire import (
     JSON_HEADER,
-    PROXYS_OWN,
     Headers,
     Receive,
     Scope,

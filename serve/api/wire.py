@@ -17,8 +17,6 @@ Headers = list[tuple[bytes, bytes]]
 Result = TypeVar("Result")
 
 JSON_HEADER = (b"content-type", b"application/json")
-# The local platform's proxy says so of the answers that it gives itself.
-PROXYS_OWN = b"x-roundhouse-proxy"
 # What a request and its answer share, so that both can be found in the same logs.
 _ECHOED = b"x-request-id"
 

@@ -26,8 +26,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from serve.runtime.launcher import SCRIPT_VARIABLE, SOCKET_VARIABLE, send_order
+from serve.runtime.launcher import FORKED, SCRIPT_VARIABLE, SOCKET_VARIABLE, send_order
 from serve.runtime.setup_worker import SCRIPT_VARIABLE as SETUP_VARIABLE
+
+#: Elsewhere system libraries do not survive a fork.
+CAN_FORK = sys.platform == "linux"
 
 LAUNCHER = Path(__file__).with_name("launcher.py")
 _SETUP = Path(__file__).with_name("setup_worker.py")
@@ -115,7 +118,8 @@ def _rays(script: str) -> str:
 def _announce(raylet_pid: int) -> None:
     """Let the fork server of this process import Ray, now that the raylet is known, before anybody asks for a fork."""
     order = {"environment": {"RAY_JOB_ID": _FIRST_JOB, "RAY_RAYLET_PID": str(raylet_pid)}}
-    with socket.socket(socket.AF_UNIX) as connection:
+    # Where it has died, each worker is started as Ray starts it.
+    with socket.socket(socket.AF_UNIX) as connection, contextlib.suppress(OSError):
         connection.connect(os.environ[SOCKET_VARIABLE])
         send_order(connection, order)
 
@@ -130,15 +134,21 @@ def serve(listener: socket.socket, *, parent: int, modules: Sequence[str]) -> No
         ready, _, _ = select.select([listener], [], [], 0 if is_early else _PAUSE_S)
         if ready:
             connection, _ = listener.accept()
-            with contextlib.suppress(OSError, ValueError):  # the launcher died; the raylet asks again
-                order, streams = _receive(connection)
-                _import_ray(order["environment"])
-                if "arguments" in order:
-                    _fork(listener, connection, order, streams)
-            connection.close()
+            with connection:
+                _obey(listener, connection)
         elif is_early or (waiting and "ray" in sys.modules):
-            with contextlib.suppress(ImportError):  # the replica that needs it will say so
+            with contextlib.suppress(Exception):  # the replica that needs it will say so
                 importlib.import_module(waiting.pop(0))
+
+
+def _obey(listener: socket.socket, connection: socket.socket) -> None:
+    try:
+        order, streams = _receive(connection)
+    except (OSError, ValueError):
+        return  # the launcher died; the raylet asks again
+    _import_ray(order["environment"])
+    if "arguments" in order:
+        _fork(listener, connection, order, streams)
 
 
 def _import_ray(environment: dict[str, str]) -> None:
@@ -170,12 +180,19 @@ def _fork(listener: socket.socket, connection: socket.socket, order: dict[str, A
     if threading.active_count() != 1:
         raise RuntimeError(f"a library started a thread before a fork: {threading.enumerate()}")
     gc.freeze()
-    if os.fork():
-        for stream in streams:
-            os.close(stream)
-        return
-    listener.close()
-    _become(order, streams, connection)
+    try:
+        forked = os.fork()
+    except OSError:  # there may be no more processes; the launcher hears of no fork, and starts the worker itself
+        forked = -1
+    if forked == 0:
+        listener.close()
+        _become(order, streams, connection)
+        sys.exit()
+    for stream in streams:
+        os.close(stream)
+    if forked > 0:
+        with contextlib.suppress(OSError):
+            connection.sendall(FORKED)
 
 
 def _receive(connection: socket.socket) -> tuple[dict[str, Any], Sequence[int]]:
@@ -191,7 +208,7 @@ def _receive(connection: socket.socket) -> tuple[dict[str, Any], Sequence[int]]:
 
 
 def _become(order: dict[str, Any], streams: Sequence[int], connection: socket.socket) -> None:
-    """Turn this fork into the worker that the launcher was asked for; does not return."""
+    """Turn this fork into the worker that the launcher was asked for; returns when the worker has ended."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setpgid(0, 0)
     os.chdir(order["folder"])

@@ -6,15 +6,16 @@ configuration itself, but lets the binary be named (RAY_SERVE_HAPROXY_BINARY_PAT
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
 from collections.abc import Callable
-from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 
-from serve.api.wire import PROXYS_OWN
+from serve.api.headers import PROXYS_OWN
+from serve.errors import RoundhouseError
 
 #: Where HAProxy shall serve, and keep its counters to this machine; without it: where Ray has it.
 HOST_VARIABLE = "RH_FRONT_HOST"
@@ -45,8 +46,8 @@ _ERRORS = rf"""    acl openai_words path_beg /v1/
 """  # noqa: E501
 
 
-class UnknownConfiguration(ValueError):
-    """Ray's configuration of HAProxy is another than the one known here."""
+class FrontError(RoundhouseError):
+    """HAProxy cannot be told what to say; the message says why."""
 
 
 def worded(configuration: str, host: str | None) -> str:
@@ -57,7 +58,7 @@ def worded(configuration: str, host: str | None) -> str:
         host: Address to serve on, where the counters are kept to this machine; None leaves all as Ray has it.
 
     Raises:
-        UnknownConfiguration: Something that is to be replaced is not there.
+        FrontError: Something that is to be replaced is not there, as with another Ray.
     """
     if _ERRORS in configuration:
         return configuration
@@ -70,7 +71,7 @@ def worded(configuration: str, host: str | None) -> str:
 def _replaced(known: re.Pattern[str], by: Callable[[re.Match[str]], str], text: str, times: int) -> str:
     text, count = known.subn(by, text)
     if count != times:
-        raise UnknownConfiguration(f"Ray's configuration of HAProxy has {count} of {known.pattern!r}, not {times}")
+        raise FrontError(f"Ray's configuration of HAProxy has {count} of {known.pattern!r}, not {times}")
     return text
 
 
@@ -85,12 +86,19 @@ def stand_in() -> Path:
     """Return the program that Ray is to start in HAProxy's place: this module's `main`, as it was installed.
 
     Raises:
-        FileNotFoundError: It was not.
+        FrontError: It was not.
     """
-    for file in metadata.files("roundhouse-serve") or ():
-        if file.name == _COMMAND:
-            return Path(str(file.locate())).resolve(strict=True)
-    raise FileNotFoundError(f"the command {_COMMAND} is not installed; install roundhouse-serve again")
+    import shutil
+    from importlib import metadata
+
+    with contextlib.suppress(metadata.PackageNotFoundError, FileNotFoundError):
+        for file in metadata.files("roundhouse-serve") or ():
+            if file.name == _COMMAND:
+                return Path(str(file.locate())).resolve(strict=True)
+    found = shutil.which(_COMMAND)
+    if found is None:
+        raise FrontError(f"the command {_COMMAND} is not installed: install roundhouse-serve again")
+    return Path(found)
 
 
 def main() -> None:
@@ -100,6 +108,6 @@ def main() -> None:
         for option, file in pairwise(arguments):
             if option == "-f":
                 Path(file).write_text(worded(Path(file).read_text(), os.environ.get(HOST_VARIABLE)))
-    except (OSError, ValueError) as error:
+        os.execv(haproxy_binary(), [haproxy_binary(), *arguments])  # noqa: S606
+    except (ImportError, OSError, FrontError) as error:
         sys.exit(f"{_COMMAND}: {error}")
-    os.execv(haproxy_binary(), [haproxy_binary(), *arguments])  # noqa: S606

@@ -12,6 +12,7 @@ import sys
 
 SOCKET_VARIABLE = "RH_FORK_SERVER"
 SCRIPT_VARIABLE = "RH_WORKER_SCRIPT"
+FORKED = b"1"
 
 
 def send_order(connection: socket.socket, order: dict, streams: tuple = ()) -> None:  # type: ignore[type-arg]
@@ -23,13 +24,15 @@ def send_order(connection: socket.socket, order: dict, streams: tuple = ()) -> N
 
 
 def main() -> None:
-    """Send this process's arguments, environment, folder and standard streams, then wait."""
+    """Send this process's arguments, environment, folder and standard streams; once it has its fork, wait."""
     connection = socket.socket(socket.AF_UNIX)
     order = {"arguments": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd()}  # noqa: PTH109
     try:
         connection.connect(os.environ[SOCKET_VARIABLE])
         send_order(connection, order, (0, 1, 2))
-    except OSError:
+        if connection.recv(1) != FORKED:
+            raise OSError("no worker was forked")
+    except (KeyError, OSError):
         # Without the fork server a worker starts as Ray starts it: slowly, but it starts.
         os.execv(sys.executable, [sys.executable, os.environ[SCRIPT_VARIABLE], *sys.argv[1:]])  # noqa: S606
     os.dup2(connection.fileno(), 0)

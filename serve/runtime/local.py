@@ -59,10 +59,6 @@ _LAST_WORDS_S = 5.0
 # Processes of a node without which nothing of it goes on.
 _VITAL = ("gcs_server", "raylet")
 
-# Elsewhere system libraries do not survive a fork.
-_CAN_FORK = sys.platform == "linux"
-
-
 Result = TypeVar("Result")
 
 
@@ -176,7 +172,7 @@ class Platform:
                 dashboard=self._dashboard,
             )
         )
-        if _CAN_FORK:
+        if fork_server.CAN_FORK:
             modules = dict.fromkeys(map(module_of, specs))
             fork_server.start(self._folder, modules=[*modules, *exporter_modules(self._settings)])
         self._say("starting Ray")
@@ -250,7 +246,7 @@ class Platform:
         threading.Thread(target=importlib.import_module, args=("ray.serve",), daemon=True).start()
         export_port, *ports = node_ports
         try:
-            forks = fork_server.employed() if _CAN_FORK else contextlib.nullcontext()
+            forks = fork_server.employed() if fork_server.CAN_FORK else contextlib.nullcontext()
             with _lean_node(dashboard=self._dashboard, ports=ports), forks:
                 ray.init(
                     num_cpus=_LOGICAL_CPUS,

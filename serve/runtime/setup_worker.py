@@ -6,26 +6,33 @@ The raylet leaves it out before others, by its name. Nothing but the standard li
 import json
 import os
 import sys
+from itertools import dropwhile
 
+from serve.runtime.launcher import SOCKET_VARIABLE
 from serve.runtime.launcher import main as launch
 
 SCRIPT_VARIABLE = "RH_SETUP_SCRIPT"
 _CONTEXT = "--serialized-runtime-env-context="
-_LANGUAGE = "--language="
+_PYTHON = "--language=PYTHON"
+# What a replica is told. Another variable may be one that a fork has read before it was forked.
+_OWN = "RH_"
 
 
 def main() -> None:
-    """Set the variables and launch the worker; where there is more to set up, become Ray's own."""
-    arguments = [argument for argument in sys.argv[1:] if not argument.startswith((_CONTEXT, _LANGUAGE))]
+    """Set the variables and launch the worker; where there is more to set up, start it as Ray starts it."""
     context = next((argument for argument in sys.argv if argument.startswith(_CONTEXT)), _CONTEXT + "{}")
     asked = {name: value for name, value in json.loads(context.removeprefix(_CONTEXT)).items() if value}
     variables = asked.pop("env_vars", {})
-    is_own = asked.pop("py_executable", sys.executable) == sys.executable and not asked
-    # What Ray would put in place of a name.
-    if not is_own or any("$" in value for value in variables.values()):
+    python = asked.pop("py_executable", sys.executable)
+    # A `$` may stand for something that Ray would put in its place.
+    is_plain = all(name.startswith(_OWN) and "$" not in value for name, value in variables.items())
+    if asked or python != sys.executable or not is_plain or _PYTHON not in sys.argv:
+        os.environ.pop(SOCKET_VARIABLE, None)
         os.execv(sys.executable, [sys.executable, os.environ[SCRIPT_VARIABLE], *sys.argv[1:]])  # noqa: S606
     os.environ.update(variables)
-    sys.argv = arguments
+    # The flags that Python itself was started with come before the worker's script.
+    given = dropwhile(lambda argument: argument.startswith("-"), sys.argv[1:])
+    sys.argv = [argument for argument in given if argument not in (context, _PYTHON)]
     launch()
 
 

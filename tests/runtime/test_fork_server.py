@@ -89,3 +89,45 @@ def test_a_launcher_that_dies_does_not_end_the_server(tmp_path: Path):
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_launcher_that_gets_no_fork_starts_the_worker_itself(tmp_path: Path):
+    """As where the server may start no more processes, or dies with the order in its hands."""
+    from serve.runtime.fork_server import LAUNCHER
+    from serve.runtime.launcher import SCRIPT_VARIABLE, SOCKET_VARIABLE
+
+    script = tmp_path / "worker.py"
+    script.write_text("import sys; print('started with', sys.argv[1:])")
+    environment = {**os.environ, SOCKET_VARIABLE: str(tmp_path / "fork"), SCRIPT_VARIABLE: str(script)}
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "fork"))
+        listener.listen()
+        launcher = subprocess.Popen([sys.executable, str(LAUNCHER), "--a"], env=environment, stdout=subprocess.PIPE)
+        connection, _ = listener.accept()
+        while b"arguments" not in connection.recv(2**20):
+            pass
+        connection.close()
+        assert launcher.communicate(timeout=60)[0] == b"started with ['--a']\n"
+
+
+# Forks a worker that fails, as one does that cannot reach its raylet.
+FAIL = """
+import os, sys
+from pathlib import Path
+from serve.runtime import fork_server, launcher
+fork_server._import_ray = lambda _: None
+fork_server.start(Path(sys.argv[1]), modules=[])
+os.environ[launcher.SCRIPT_VARIABLE] = sys.argv[2]
+import subprocess
+subprocess.run([sys.executable, fork_server.LAUNCHER], timeout=100)
+"""
+
+
+def test_a_forked_worker_that_fails_says_why(tmp_path: Path):
+    script = tmp_path / "worker.py"
+    script.write_text("raise ConnectionError('the raylet is away')")
+    environment = {**os.environ, "RAY_JOB_ID": "01000000", "RAY_RAYLET_PID": str(os.getpid())}
+    command = [sys.executable, "-c", FAIL, str(tmp_path), str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert "ConnectionError: the raylet is away" in done.stderr
+    assert "fork_server.py" in done.stderr

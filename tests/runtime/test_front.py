@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from serve.runtime.front import HOST_VARIABLE, UnknownConfiguration, haproxy_binary, stand_in, worded
+from serve.runtime.front import HOST_VARIABLE, FrontError, haproxy_binary, stand_in, worded
 from serve.runtime.local import free_ports, has_haproxy
 
 pytestmark = pytest.mark.skipif(not has_haproxy(), reason="HAProxy is for Linux")
@@ -127,7 +127,7 @@ def test_what_is_worded_already_stays_as_it_is(host: str | None):
 
 @pytest.mark.parametrize("line", [line for line in RAYS.splitlines() if line.startswith(" ")])
 def test_a_configuration_that_is_not_known_is_refused(line: str):
-    with pytest.raises(UnknownConfiguration, match="of HAProxy has"):
+    with pytest.raises(FrontError, match="of HAProxy has"):
         worded(RAYS.replace(line + "\n", "", 1), "192.0.2.1")
 
 

@@ -7,42 +7,48 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from serve.runtime import launcher, setup_worker
 
+SHOW = "import os, sys\nprint({name!r}, os.environ.get('RH_ONE'), 'RH_FORK_SERVER' in os.environ, sys.argv[1:])"
+
+
+def told(folder: Path, context: dict[str, Any], *flags: str) -> tuple[str, list[str]]:
+    """Return what was started, a worker or Ray's own script, and what the raylet had given."""
+    environment = {**os.environ, launcher.SOCKET_VARIABLE: str(folder / "nobody")}
+    for variable, name in ((launcher.SCRIPT_VARIABLE, "worker"), (setup_worker.SCRIPT_VARIABLE, "ray")):
+        environment[variable] = str(folder / f"{name}.py")
+        (folder / f"{name}.py").write_text(SHOW.format(name=name))
+    context_text = f"--serialized-runtime-env-context={json.dumps(context)}"
+    given = [*flags, launcher.__file__, "--a=b", "--language=PYTHON", context_text]
+    command = [sys.executable, setup_worker.__file__, *given]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout.strip(), given
+
+
+@pytest.mark.parametrize("flags", [(), ("-s",), ("-S", "-s")])
+@pytest.mark.parametrize("variable", [None, "1 \N{SNOWMAN}"])
+def test_a_replicas_variables_are_set_here(tmp_path: Path, variable: str | None, flags: tuple[str, ...]):
+    context = {"env_vars": {"RH_ONE": variable} if variable else {}, "py_executable": sys.executable, "java_jars": []}
+    assert told(tmp_path, context, *flags)[0] == f"worker {variable} True ['--a=b']"
+
 
 @pytest.mark.parametrize(
-    ("context", "told"),
+    "context",
     [
-        ({"env_vars": {"ONE": "1 \N{SNOWMAN}"}}, "worker 1 \N{SNOWMAN} ['--a=b']"),
-        (
-            {"env_vars": {}, "py_executable": sys.executable, "command_prefix": [], "java_jars": []},
-            "worker None ['--a=b']",
-        ),
-        ({"env_vars": {"ONE": "$HOME"}}, "ray"),
-        ({"env_vars": {"ONE": "1"}, "command_prefix": ["nice"]}, "ray"),
-        ({"py_executable": "/another/python"}, "ray"),
-        ({"override_worker_entrypoint": "/another.py"}, "ray"),
+        {"env_vars": {"RH_ONE": "$HOME"}},
+        {"env_vars": {"RH_ONE": "1"}, "command_prefix": ["nice"]},
+        {"env_vars": {"PYTHONPATH": "/another"}},
+        {"py_executable": "/another/python"},
+        {"override_worker_entrypoint": "/another.py"},
     ],
 )
-def test_variables_are_set_here_and_all_else_is_left_to_ray(tmp_path: Path, context: dict[str, object], told: str):
-    environment = dict(os.environ)
-    for variable, name in ((launcher.SCRIPT_VARIABLE, "worker"), (setup_worker.SCRIPT_VARIABLE, "ray")):
-        environment[variable] = str(tmp_path / f"{name}.py")
-        (tmp_path / f"{name}.py").write_text(f"import os, sys\nprint({name!r}, os.environ.get('ONE'), sys.argv[1:])")
-    environment[launcher.SOCKET_VARIABLE] = str(tmp_path / "nobody")
-    given = [launcher.__file__, "--a=b", "--language=PYTHON", f"--serialized-runtime-env-context={json.dumps(context)}"]
-    done = subprocess.run(
-        [sys.executable, setup_worker.__file__, *given],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    assert done.stdout.strip() == (told if told != "ray" else f"ray None {given}")
+def test_all_else_is_left_to_ray_and_not_forked(tmp_path: Path, context: dict[str, Any]):
+    started, given = told(tmp_path, context)
+    assert started == f"ray None False {given}"
 
 
 def test_ray_still_leaves_it_out_by_its_name():

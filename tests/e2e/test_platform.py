@@ -383,6 +383,15 @@ def test_down_answers_what_is_in_flight_and_leaves_no_process_port_or_file(tmp_p
         assert list((tmp_path / "state").glob("*")) == []
 
 
+@pytest.fixture
+def heard_hangup() -> Iterator[None]:
+    """The end of a terminal, as a program on one hears of it: below `nohup` it is ignored, by the platform as well."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("heard_hangup")
 def test_a_closed_terminal_drains_and_leaves_no_process(tmp_path: Path):
     (tmp_path / "model.py").write_text(CLASS)
     declaration = tmp_path / "models.yaml"

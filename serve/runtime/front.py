@@ -108,6 +108,7 @@ def main() -> None:
         for option, file in pairwise(arguments):
             if option == "-f":
                 Path(file).write_text(worded(Path(file).read_text(), os.environ.get(HOST_VARIABLE)))
-        os.execv(haproxy_binary(), [haproxy_binary(), *arguments])  # noqa: S606
+        binary = haproxy_binary()
+        os.execv(binary, [binary, *arguments])  # noqa: S606
     except (ImportError, OSError, FrontError) as error:
         sys.exit(f"{_COMMAND}: {error}")

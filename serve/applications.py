@@ -38,6 +38,11 @@ ENVIRONMENT = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     # Ray Serve's counters have no reader but a scraper of Ray's own metrics, who comes every ten seconds or more.
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
+    # Workers that Ray starts ahead belong to no driver yet, and could not be forked from one that does.
+    "RAY_enable_worker_prestart": "0",
+    "RAY_prestart_worker_first_driver": "0",
+    # Many that start at once on few cores would be given up, and started again.
+    "RAY_worker_register_timeout_seconds": "120",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
     "RAY_DEDUP_LOGS": "0",

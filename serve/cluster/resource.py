@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from serve.applications import (
+    GATEWAY,
     MODEL_VARIABLE,
     Attempt,
     application_name,
@@ -67,6 +68,7 @@ class Application:
         wanted: Replicas that there should be.
         running: Replicas that answer.
         waiting: Replicas that have no node yet.
+        leaving: Replicas that go on on a node that is being drained until another replaces them.
         held: Of each placed replica, its node and what it takes there.
     """
 
@@ -78,6 +80,7 @@ class Application:
     wanted: int = 0
     running: int = 0
     waiting: int = 0
+    leaving: int = 0
     held: tuple[tuple[str, Mapping[str, float]], ...] = ()
 
 
@@ -151,7 +154,17 @@ def desired(models: Sequence[Declared], observed: Observed, *, gateway_replicas:
         if spec is not None:
             specs.append(spec)
             attempts[model.name] = _attempt(spec, application, now)
-    return serve_config(specs, gateway_replicas=gateway_replicas, attempts=attempts)
+    return serve_config(specs, gateway_replicas=_gateways(gateway_replicas, observed), attempts=attempts)
+
+
+def _gateways(most: int, observed: Observed) -> int:
+    """Return how many gateways there shall be: none more than there are nodes for.
+
+    There is one a node at most. Where a node is drained whose successor comes once it is gone, as KubeRay has it, a
+    gateway's replacement finds no place: the drain would last until its deadline, and break off what the old one has.
+    """
+    gateway = observed.applications.get(GATEWAY, Application(GATEWAY, "NOT_STARTED"))
+    return max(1, most - min(gateway.leaving, gateway.waiting))
 
 
 def _last_right(application: Application | None) -> ModelSpec | None:

@@ -110,11 +110,6 @@ def ray_environment(
         # A single node has no other that must know at once what it has free.
         "RAY_raylet_report_resources_period_milliseconds": "1000",
         "RAY_raylet_check_gc_period_milliseconds": "1000",
-        # Workers that Ray starts ahead belong to no driver yet, and could not be forked from one that does.
-        "RAY_enable_worker_prestart": "0",
-        "RAY_prestart_worker_first_driver": "0",
-        # Many that start at once on few cores would be given up, and started again.
-        "RAY_worker_register_timeout_seconds": "120",
         "RAY_raylet_start_wait_time_s": "2",
         # Every process of this run, the fork server first, must find the same token from its beginning.
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),

@@ -48,6 +48,18 @@ def conditions(declared: Declared, observed: Observed) -> dict[str, tuple[str, s
     return {each["type"]: (each["status"], each["reason"]) for each in status(declared, observed)["conditions"]}
 
 
+@pytest.mark.parametrize(
+    ("most", "leaving", "waiting", "wanted"),
+    [(3, 0, 0, 3), (3, 1, 1, 2), (3, 1, 0, 3), (3, 0, 1, 3), (3, 2, 1, 2), (3, 3, 3, 1), (1, 1, 1, 1)],
+)
+def test_a_gateway_that_goes_and_whose_successor_has_no_node_is_not_replaced(
+    most: int, leaving: int, waiting: int, wanted: int
+):
+    gateway = Application("gateway", "DEPLOYING", leaving=leaving, waiting=waiting)
+    config = desired([], Observed(applications={"gateway": gateway}), gateway_replicas=most, now=NOW)
+    assert config["applications"][0]["deployments"][0]["num_replicas"] == wanted
+
+
 def test_a_model_is_its_object_with_its_name():
     declared = read(model("cat", options={"threshold": 0.7}))
     assert declared.spec is not None

@@ -100,13 +100,14 @@ def test_a_replica_without_a_node_waits() -> None:
                     {"state": "RUNNING", "node_id": "n1"},
                     {"state": "STARTING", "node_id": None},
                     {"state": "STARTING", "node_id": "n2"},
+                    {"state": "PENDING_MIGRATION", "node_id": "n3"},
                 ],
             }
         },
     }
     told = application("a", entry)
-    assert (told.wanted, told.running, told.waiting, told.message) == (3, 1, 1, "no room")
-    assert told.held == (("n1", {"CPU": 1.0}), ("n2", {"CPU": 1.0}))
+    assert (told.wanted, told.running, told.waiting, told.message) == (3, 2, 1, "no room")
+    assert (told.leaving, told.held[:2]) == (1, (("n1", {"CPU": 1.0}), ("n2", {"CPU": 1.0})))
 
 
 class Service:

@@ -63,6 +63,21 @@ def test_the_charts_own_test_passes(site: Site) -> None:
     assert "Succeeded" in site.helm("test", RELEASE)
 
 
+_PARENTS = """
+import psutil
+for process in psutil.process_iter(["cmdline"]):
+    if (process.info["cmdline"] or [""])[0].startswith("ray::ServeReplica"):
+        print(" ".join(process.parent().cmdline()))
+"""
+
+
+def test_replicas_are_forked_and_none_imports_for_itself(site: Site) -> None:
+    for worker in site.names_of("worker"):
+        parents = site.kubectl("exec", worker, "--", "python", "-c", _PARENTS).splitlines()
+        assert parents
+        assert all("serve.runtime.fork_server" in parent for parent in parents)
+
+
 # What the API server takes
 
 

@@ -22,6 +22,11 @@ _CONNECT_S = 3.0
 _LAST_REQUESTS_S = 5.0
 # However late it is, the proxy here has this long for what it was asked.
 _LAST_ANSWERS_S = 10.0
+# So long before the deadline, and no earlier than in its last quarter, replicas that nobody has taken over stop.
+_LAST_CALL_S = 30.0
+# Ray stops a replica whether or not another answers in its place, once its node's deadline is no further away than the
+# time that the replica has to stop in, a minute for most: no deadline that Ray knows may come near before ours does.
+_NO_HURRY_S = 10 * 86_400.0
 # A head that is being replaced may be without a name for a moment.
 _NAMELESS_S = 10.0
 
@@ -33,7 +38,9 @@ class DrainError(RoundhouseError):
 def drain_node(head: str, *, address: str, deadline_s: float, say: Callable[[str], None]) -> None:
     """Have Ray place this node's replicas elsewhere, and return when none is left here, or at the deadline.
 
-    Then, and also where nobody takes them over, this node's proxy answers what it was asked, and ends.
+    Each goes on answering until another does so in its place. One that has no successor shortly before the deadline
+    takes no request any more and finishes those it has. Then, and also where nobody takes them over, this node's proxy
+    answers what it was asked, and ends.
 
     A head that is being replaced as well is waited for: without it nobody would take the replicas over. One whose name
     is gone will not come back, and nothing is waited for.
@@ -41,40 +48,63 @@ def drain_node(head: str, *, address: str, deadline_s: float, say: Callable[[str
     Args:
         head: `host:port` of Ray's control store.
         address: This node's, as Ray knows it.
-        deadline_s: Seconds after which Ray takes the node for lost. The proxy may take ten seconds more.
+        deadline_s: Seconds after which whatever is left is left. The proxy may take ten seconds more.
 
     Raises:
         DrainError: Ray has not answered by the deadline, does not know the node, or refuses.
     """
     ends = time.monotonic() + deadline_s
-    if _asked(head, address, ends, say):
-        say(f"{address} is draining; at most {deadline_s:g} s")
-        _handed_over(head, ends, say)
-    else:
+    if not _asked(head, address, ends, say):
         say(_NOBODY.format(head=head))
+    else:
+        say(f"{address} is draining; at most {deadline_s:g} s")
+        if not _handed_over(head, ends - min(_LAST_CALL_S, deadline_s / 4), say):
+            _stop_the_rest(head, address, ends, say)
     _let_go(max(ends, time.monotonic() + _LAST_ANSWERS_S), say)
 
 
-def _handed_over(head: str, ends: float, say: Callable[[str], None]) -> None:
-    """Wait until no replica is here, nobody will take them over, or `ends`."""
+def _handed_over(head: str, until: float, say: Callable[[str], None]) -> bool:
+    """Wait until no replica is here or nobody will take them over; return False where `until` comes first."""
     left: int | None = None
     known = _address_of(head)
     seen = time.monotonic()
-    while time.monotonic() < ends:
+    while time.monotonic() < until:
         count = len(replicas_here())
         if count != left:
             left = count
-            say(f"{left} replica{'' if left == 1 else 's'} left")
+            say(f"{_counted(left)} left")
         if not left:
-            time.sleep(min(_LAST_REQUESTS_S, max(0.0, ends - time.monotonic())))
-            return
+            time.sleep(min(_LAST_REQUESTS_S, max(0.0, until - time.monotonic())))
+            return True
         if _address_of(head) or (known and _answers(known)):
             seen = time.monotonic()
         elif time.monotonic() - seen > _NAMELESS_S:
             say(_NOBODY.format(head=head))
-            return
+            return True
         time.sleep(_POLL_S)
-    say(f"the deadline has passed, and {left} are left")
+    return False
+
+
+def _stop_the_rest(head: str, address: str, ends: float, say: Callable[[str], None]) -> None:
+    """Have Ray stop what it could not place elsewhere, so that requests in flight are answered before the pod's end."""
+    rest = _counted(len(replicas_here()))
+    say(f"the deadline is near, and nobody answers in the place of {rest} here: Ray stops them")
+    try:
+        _ask_to_drain(head, address, 0.0)
+    except DrainError as error:
+        say(str(error))
+        return
+    while (left := len(replicas_here())) and time.monotonic() < ends:
+        time.sleep(_POLL_S)
+    say(
+        f"the deadline has passed, and {_counted(left)} {'is' if left == 1 else 'are'} left"
+        if left
+        else "0 replicas left"
+    )
+
+
+def _counted(replicas: int) -> str:
+    return f"{replicas} replica{'' if replicas == 1 else 's'}"
 
 
 def _let_go(ends: float, say: Callable[[str], None]) -> None:
@@ -141,7 +171,7 @@ def _asked(head: str, address: str, ends: float, say: Callable[[str], None]) -> 
     named = time.monotonic()
     while True:
         try:
-            _ask_to_drain(head, address, ends - time.monotonic())
+            _ask_to_drain(head, address, _NO_HURRY_S)
             return True
         except _HeadIsAway as error:
             now = time.monotonic()

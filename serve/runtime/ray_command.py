@@ -1,26 +1,89 @@
-"""Ray's command as the image has it: the nodes that `ray start --block` makes fork their workers."""
+"""Ray's command as the image has it: nodes of `ray start --block` fork their workers, and are not given up early."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from serve.errors import RoundhouseError
+
+# Less than the startup probes have, so that what Ray has to say is in the log before they end it.
+_JOIN_S = 180.0
+_POLL_S = 1.0
+_CONNECT_S = 3.0
 
 
 def main() -> None:
     """Do what `ray` does."""
     is_node = sys.argv[1:2] == ["start"] and "--block" in sys.argv
     try:
+        if is_node:
+            _await_head(sys.argv[2:])
         with _forked_workers() if is_node else contextlib.nullcontext():
             from ray.scripts import scripts
 
-            scripts.main()
+            with _patience() if is_node else contextlib.nullcontext():
+                scripts.main()
     except RoundhouseError as error:
         sys.exit(f"ray: {error}")
+
+
+def _await_head(arguments: Sequence[str]) -> None:
+    """Wait until the head that a worker is to join can be reached.
+
+    Ray gives up after some seconds, and the container would start again, and import all it needs again, on the cores
+    that the head may be starting on.
+    """
+    address = next((word.removeprefix("--address=") for word in arguments if word.startswith("--address=")), "")
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():
+        return  # a head, or what Ray has words for
+    told = False
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+            return
+        except OSError as error:
+            if not told:
+                sys.stderr.write(f"Ray's head at {address} does not answer: {error}; waiting for it\n")
+                told = True
+            time.sleep(_POLL_S)
+
+
+@contextlib.contextmanager
+def _patience() -> Iterator[None]:
+    """Let this node take its time to join.
+
+    Ray 2.60 ends a node that has not joined within thirty seconds. Where several start on few cores none may, and they
+    would start over and over. It has no setting for it.
+    """
+    from ray._private import services
+
+    get_node = services.get_node
+
+    @functools.wraps(get_node)
+    def get_node_in_time(*arguments: Any, **named: Any) -> Any:
+        ends = time.monotonic() + _JOIN_S
+        while True:
+            try:
+                return get_node(*arguments, **named)
+            except RuntimeError:
+                if time.monotonic() > ends:
+                    raise
+                time.sleep(_POLL_S)
+
+    services.get_node = get_node_in_time
+    try:
+        yield
+    finally:
+        services.get_node = get_node
 
 
 @contextlib.contextmanager

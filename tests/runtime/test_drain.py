@@ -71,6 +71,31 @@ def test_a_name_that_cannot_be_asked_for_is_no_loss_while_the_head_answers(monke
     assert said[-1] == "0 replicas left"
 
 
+def test_replicas_are_not_hurried_until_the_deadline_is_near_and_then_end_in_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray stops a replica without a successor once the deadline that it knows is as near as the replica's own grace."""
+    asked: list[float] = []
+    monkeypatch.setattr(drain, "_ask_to_drain", lambda _head, _address, deadline_s: asked.append(deadline_s))
+    monkeypatch.setattr(drain, "replicas_here", lambda: [] if 0.0 in asked else [1, 2])
+    said: list[str] = []
+    drain_node("127.0.0.1:1", address="127.0.0.1", deadline_s=2, say=said.append)
+    longest_grace_s = 86_400.0  # the bound of a model's deadline_ms
+    assert asked[0] > longest_grace_s + 2 and asked[1:] == [0.0]
+    assert said[-2:] == [
+        "the deadline is near, and nobody answers in the place of 2 replicas here: Ray stops them",
+        "0 replicas left",
+    ]
+
+
+def test_replicas_that_do_not_end_are_left_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drain, "_ask_to_drain", lambda *_: None)
+    monkeypatch.setattr(drain, "replicas_here", lambda: [1])
+    said: list[str] = []
+    drain_node("127.0.0.1:1", address="127.0.0.1", deadline_s=1, say=said.append)
+    assert said[-1] == "the deadline has passed, and 1 replica is left"
+
+
 class Slow(http.server.BaseHTTPRequestHandler):
     """Answers once it is let."""
 

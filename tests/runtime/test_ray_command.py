@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+from ray._private import services
+
+from serve.runtime import ray_command
 
 COMMAND = [sys.executable, "-c", "from serve.runtime.ray_command import main; main()"]
 
@@ -28,3 +34,49 @@ def test_a_setting_that_is_wrong_is_told_in_a_line_and_leaves_nothing(tmp_path: 
     assert told.stderr.startswith("ray: ROUNDHOUSE_LOG_LEVL")
     assert "Traceback" not in told.stderr
     assert set(Path("/tmp").glob("rh-*")) <= before
+
+
+def test_a_worker_waits_for_its_head_before_it_starts_anything():
+    with socket.socket() as head:
+        head.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        worker = subprocess.Popen(
+            [*COMMAND, "start", f"--address={address}", "--block"], stderr=subprocess.PIPE, text=True
+        )
+        try:
+            assert worker.stderr is not None
+            told = worker.stderr.readline()
+            assert told.startswith(f"Ray's head at {address} does not answer: ")
+            assert told.endswith("; waiting for it\n")
+            head.listen()
+            head.settimeout(60)
+            head.accept()[0].close()
+        finally:
+            worker.kill()
+            worker.communicate()
+
+
+def test_a_node_that_has_not_joined_yet_is_asked_for_again(monkeypatch: pytest.MonkeyPatch):
+    answers = iter([RuntimeError("Deadline Exceeded"), RuntimeError("no such node"), {"node_id": "abc"}])
+
+    def get_node(_address: str, _node: str) -> dict[str, str]:
+        answer = next(answers)
+        if isinstance(answer, RuntimeError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(services, "get_node", get_node)
+    monkeypatch.setattr(ray_command, "_POLL_S", 0.0)
+    with ray_command._patience():
+        assert services.get_node("head:6379", "abc") == {"node_id": "abc"}
+    assert services.get_node is get_node
+
+
+def test_a_node_that_does_not_join_is_told_as_ray_tells_it(monkeypatch: pytest.MonkeyPatch):
+    def get_node(_address: str, _node: str) -> None:
+        raise RuntimeError("no such node")
+
+    monkeypatch.setattr(services, "get_node", get_node)
+    monkeypatch.setattr(ray_command, "_JOIN_S", 0.0)
+    with ray_command._patience(), pytest.raises(RuntimeError, match="no such node"):
+        services.get_node("head:6379", "abc")

@@ -76,7 +76,8 @@ containers:
           command:
             - /bin/sh
             - -c
-            - exec roundhouse drain-node --head {{ $head }} --node-ip "$POD_IP" --deadline-s {{ $root.Values.ray.drainSeconds }}
+            # What it says goes to the pod's log, or Kubernetes would drop it.
+            - exec roundhouse drain-node --head {{ $head }} --node-ip "$POD_IP" --deadline-s {{ $root.Values.ray.drainSeconds }} >/proc/1/fd/1 2>&1
     # The raylet's port opens when the worker has joined; traffic comes once a proxy runs here, beside a replica.
     startupProbe:
       tcpSocket: {port: raylet}

@@ -43,6 +43,7 @@ ENVIRONMENT = {
     "RAY_prestart_worker_first_driver": "0",
     # Many that start at once on few cores would be given up, and started again.
     "RAY_worker_register_timeout_seconds": "120",
+    "RAY_agent_register_timeout_ms": "180000",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
     "RAY_DEDUP_LOGS": "0",

@@ -61,12 +61,13 @@ def _await_head(arguments: Sequence[str]) -> None:
 def _patience() -> Iterator[None]:
     """Let this node take its time to join.
 
-    Ray 2.60 ends a node that has not joined within thirty seconds. Where several start on few cores none may, and they
-    would start over and over. It has no setting for it.
+    Ray 2.60's raylet ends unless its agents have imported and told their ports within fifteen seconds, and its command
+    unless the raylet has joined within thirty. Where several nodes start on few cores none may, and they would start
+    over and over. Neither time can be set; ports that are given are known before the agents tell them.
     """
-    from ray._private import services
+    from ray._private import node, services
 
-    get_node = services.get_node
+    get_node, start_raylet = services.get_node, node.Node.start_raylet
 
     @functools.wraps(get_node)
     def get_node_in_time(*arguments: Any, **named: Any) -> Any:
@@ -79,11 +80,30 @@ def _patience() -> Iterator[None]:
                     raise
                 time.sleep(_POLL_S)
 
-    services.get_node = get_node_in_time
+    @functools.wraps(start_raylet)
+    def start_raylet_with_ports(self: Any, *arguments: Any, **named: Any) -> None:
+        _tell_ports(self)
+        start_raylet(self, *arguments, **named)
+
+    services.get_node, node.Node.start_raylet = get_node_in_time, start_raylet_with_ports
     try:
         yield
     finally:
-        services.get_node = get_node
+        services.get_node, node.Node.start_raylet = get_node, start_raylet
+
+
+def _tell_ports(node: Any) -> None:
+    """Tell the raylet those ports of its agents that are given, in the files that the agents themselves write."""
+    from ray import _raylet
+
+    ray: Any = _raylet  # has no types
+    ports = {
+        ray.RUNTIME_ENV_AGENT_PORT_NAME: node._ray_params.runtime_env_agent_port,
+        ray.DASHBOARD_AGENT_LISTEN_PORT_NAME: node._ray_params.dashboard_agent_listen_port,
+    }
+    for name, port in ports.items():
+        if port:
+            ray.persist_port(node._session_dir, node._node_id, name, port)
 
 
 @contextlib.contextmanager

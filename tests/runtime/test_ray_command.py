@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from ray._private import services
+from ray import _raylet
+from ray._private import node, parameter, services
 
 from serve.runtime import ray_command
 
@@ -80,3 +81,24 @@ def test_a_node_that_does_not_join_is_told_as_ray_tells_it(monkeypatch: pytest.M
     monkeypatch.setattr(ray_command, "_JOIN_S", 0.0)
     with ray_command._patience(), pytest.raises(RuntimeError, match="no such node"):
         services.get_node("head:6379", "abc")
+
+
+def test_a_raylet_knows_the_ports_that_are_given_before_its_agents_have_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    read: dict[str, int] = {}
+
+    class Node:
+        """What Ray's own has of this when it starts its raylet."""
+
+        _session_dir, _node_id = str(tmp_path), "a" * 56
+        _ray_params = parameter.RayParams(runtime_env_agent_port=6382, dashboard_agent_listen_port=6384)
+
+        def start_raylet(self) -> None:
+            for name in (_raylet.RUNTIME_ENV_AGENT_PORT_NAME, _raylet.DASHBOARD_AGENT_LISTEN_PORT_NAME):
+                read[name] = _raylet.wait_for_persisted_port(self._session_dir, self._node_id, name)
+
+    monkeypatch.setattr(node, "Node", Node)
+    with ray_command._patience():
+        Node().start_raylet()
+    assert list(read.values()) == [6382, 6384]

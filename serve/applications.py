@@ -28,7 +28,7 @@ ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     # How long a replica that leaves goes on answering, so that every node's HAProxy has been told of it.
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "10",
     # The gateway's application stands in the proxy that answers for what has no replica.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.runtime.fallback:middlewares",
     # Ray's spans, and those of a model's own code, join the traces that ours began, and begin none.

@@ -8,6 +8,7 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
 from serve.applications import (
+    ENVIRONMENT,
     application_name,
     declared_in,
     model_of,
@@ -116,3 +117,13 @@ def test_a_replacement_comes_before_the_old_replica_goes_where_it_can() -> None:
 def test_an_applications_name_tells_its_model() -> None:
     assert model_of(application_name("model-gateway")) == "model-gateway"
     assert model_of("gateway") is None
+
+
+@pytest.mark.parametrize("deadline_ms", [1.0, 5_000.0, 120_000.0])
+def test_what_a_replica_was_asked_last_has_time_for_its_answer(deadline_ms: float) -> None:
+    """Ray counts the time in which proxies may still ask a replica that leaves to the grace that it has in all."""
+    window_s = float(ENVIRONMENT["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"])
+    spec = ModelSpec(name="a", task="text-embedding", source="package:a", deadline_ms=deadline_ms)
+    gateway, model = (entry["deployments"][0] for entry in serve_config([spec])["applications"])
+    assert model["graceful_shutdown_timeout_s"] >= window_s + deadline_ms / 1000
+    assert gateway["graceful_shutdown_timeout_s"] >= window_s + 60

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from serve.applications import (
-    GATEWAY,
     MODEL_VARIABLE,
     Attempt,
     application_name,
@@ -68,7 +67,7 @@ class Application:
         wanted: Replicas that there should be.
         running: Replicas that answer.
         waiting: Replicas that have no node yet.
-        leaving: Replicas that go on on a node that is being drained until another replaces them.
+        leaving: Of each replica that goes on on a node that is being drained until another replaces it, that node.
         held: Of each placed replica, its node and what it takes there.
     """
 
@@ -80,7 +79,7 @@ class Application:
     wanted: int = 0
     running: int = 0
     waiting: int = 0
-    leaving: int = 0
+    leaving: tuple[str, ...] = ()
     held: tuple[tuple[str, Mapping[str, float]], ...] = ()
 
 
@@ -158,13 +157,16 @@ def desired(models: Sequence[Declared], observed: Observed, *, gateway_replicas:
 
 
 def _gateways(most: int, observed: Observed) -> int:
-    """Return how many gateways there shall be: none more than there are nodes for.
+    """Return how many gateways there shall be: while nodes are drained, none more than there are others.
 
     There is one a node at most. Where a node is drained whose successor comes once it is gone, as KubeRay has it, a
     gateway's replacement finds no place: the drain would last until its deadline, and break off what the old one has.
     """
-    gateway = observed.applications.get(GATEWAY, Application(GATEWAY, "NOT_STARTED"))
-    return max(1, most - min(gateway.leaving, gateway.waiting))
+    going = {node for application in observed.applications.values() for node in application.leaving}
+    if not going:
+        return most
+    staying = [node for node, resources in observed.nodes.items() if resources.get("CPU") and node not in going]
+    return max(1, min(most, len(staying)))
 
 
 def _last_right(application: Application | None) -> ModelSpec | None:

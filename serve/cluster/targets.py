@@ -228,7 +228,7 @@ def application(name: str, entry: Mapping[str, Any]) -> Application:
         waiting=sum(
             replica["state"] in ("STARTING", "PENDING") and not replica.get("node_id") for _, replica in replicas
         ),
-        leaving=sum(replica["state"] == "PENDING_MIGRATION" for _, replica in replicas),
+        leaving=tuple(replica["node_id"] for _, replica in replicas if replica["state"] == "PENDING_MIGRATION"),
         held=tuple(
             (replica["node_id"], deployment.get("required_resources", {}))
             for deployment, replica in replicas

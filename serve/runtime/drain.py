@@ -18,7 +18,8 @@ _NOBODY = "{head} is no name any more: the platform is going, and nobody takes t
 _REPLICA_TITLE = "ray::ServeReplica"
 _POLL_S = 0.5
 _CONNECT_S = 3.0
-# The proxies of other nodes learn within this that a replica is gone.
+_ANSWER_S = 10.0
+# For what is still on its way here when the last replica has ended.
 _LAST_REQUESTS_S = 5.0
 # However late it is, the proxy here has this long for what it was asked.
 _LAST_ANSWERS_S = 10.0
@@ -54,13 +55,13 @@ def drain_node(head: str, *, address: str, deadline_s: float, say: Callable[[str
         DrainError: Ray has not answered by the deadline, does not know the node, or refuses.
     """
     ends = time.monotonic() + deadline_s
-    if not _asked(head, address, ends, say):
-        say(_NOBODY.format(head=head))
-    else:
-        say(f"{address} is draining; at most {deadline_s:g} s")
-        if not _handed_over(head, ends - min(_LAST_CALL_S, deadline_s / 4), say):
-            _stop_the_rest(head, address, ends, say)
-    _let_go(max(ends, time.monotonic() + _LAST_ANSWERS_S), say)
+    try:
+        if _asked(head, address, _NO_HURRY_S, ends, say):
+            say(f"{address} is draining; at most {deadline_s:g} s")
+            if not _handed_over(head, ends - min(_LAST_CALL_S, deadline_s / 4), say):
+                _stop_the_rest(head, address, ends, say)
+    finally:
+        _let_go(max(ends, time.monotonic() + _LAST_ANSWERS_S), say)
 
 
 def _handed_over(head: str, until: float, say: Callable[[str], None]) -> bool:
@@ -87,20 +88,15 @@ def _handed_over(head: str, until: float, say: Callable[[str], None]) -> bool:
 
 def _stop_the_rest(head: str, address: str, ends: float, say: Callable[[str], None]) -> None:
     """Have Ray stop what it could not place elsewhere, so that requests in flight are answered before the pod's end."""
-    rest = _counted(len(replicas_here()))
-    say(f"the deadline is near, and nobody answers in the place of {rest} here: Ray stops them")
-    try:
-        _ask_to_drain(head, address, 0.0)
-    except DrainError as error:
-        say(str(error))
+    if not (left := len(replicas_here())):
+        return
+    say(f"the deadline is near, and nobody answers in the place of {_counted(left)} here: Ray stops what is left")
+    if not _asked(head, address, 0.0, ends, say):
         return
     while (left := len(replicas_here())) and time.monotonic() < ends:
         time.sleep(_POLL_S)
-    say(
-        f"the deadline has passed, and {_counted(left)} {'is' if left == 1 else 'are'} left"
-        if left
-        else "0 replicas left"
-    )
+    are = "is" if left == 1 else "are"
+    say(f"the deadline has passed, and {_counted(left)} {are} left" if left else "0 replicas left")
 
 
 def _counted(replicas: int) -> str:
@@ -165,18 +161,19 @@ class _HeadIsAway(DrainError):
     """Ray's control store does not answer."""
 
 
-def _asked(head: str, address: str, ends: float, say: Callable[[str], None]) -> bool:
-    """Ask until the head answers; return False where it has no name, and does not get one soon."""
+def _asked(head: str, address: str, deadline_s: float, ends: float, say: Callable[[str], None]) -> bool:
+    """Ask until the head answers; return False, and say so, where it has no name, and does not get one soon."""
     told = False
     named = time.monotonic()
     while True:
         try:
-            _ask_to_drain(head, address, _NO_HURRY_S)
+            _ask_to_drain(head, address, deadline_s)
             return True
         except _HeadIsAway as error:
             now = time.monotonic()
             named = now if _address_of(head) else named
             if now - named > _NAMELESS_S:
+                say(_NOBODY.format(head=head))
                 return False
             if now > ends:
                 raise
@@ -187,10 +184,17 @@ def _asked(head: str, address: str, ends: float, say: Callable[[str], None]) -> 
 
 
 def _ask_to_drain(head: str, address: str, deadline_s: float) -> None:
+    """Ask once; a later deadline takes the place of the one before.
+
+    Raises:
+        _HeadIsAway: It does not answer.
+        DrainError: It does not know the node, or refuses.
+    """
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated import autoscaler_pb2, gcs_pb2
 
     alive = gcs_pb2.GcsNodeInfo.GcsNodeState.ALIVE
+    reason = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
     host, _, port = head.rpartition(":")
     try:
         # Ray's own client takes forty seconds to find that nobody is there.
@@ -198,18 +202,16 @@ def _ask_to_drain(head: str, address: str, deadline_s: float) -> None:
         client = GcsClient(address=head)
         nodes = [
             node.node_id.hex()
-            for node in client.get_all_node_info().values()
+            for node in client.get_all_node_info(timeout=_ANSWER_S).values()
             if node.node_manager_address == address and node.state == alive
         ]
+        deadline_ms = int((time.time() + deadline_s) * 1000)
+        answers = [client.drain_node(node, reason, "its pod is being ended", deadline_ms) for node in nodes]
     except Exception as error:
         raise _HeadIsAway(f"Ray's control store at {head} does not answer: {error}") from error
     if not nodes:
         raise DrainError(
             f"Ray has no node that is alive at {address}; --node-ip takes the address given to `ray start`"
         )
-    reason = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
-    deadline_ms = int((time.time() + deadline_s) * 1000)
-    for node in nodes:
-        accepted, why = client.drain_node(node, reason, "its pod is being ended", deadline_ms)
-        if not accepted:
-            raise DrainError(f"Ray does not drain {address}: {why}")
+    if refusals := [why for accepted, why in answers if not accepted]:
+        raise DrainError(f"Ray does not drain {address}: {'; '.join(refusals)}")

@@ -89,7 +89,7 @@ def start(folder: Path, *, modules: Sequence[str]) -> subprocess.Popen[bytes]:
 def employed() -> Iterator[None]:
     """Have the raylet that is started here take its workers from this process's fork server.
 
-    `ray.init` has no argument for it; Ray 2.60's private node and parameters have.
+    Neither `ray.init` nor `ray start` has an argument for it; Ray 2.60's private node and parameters have.
     """
     from ray._private import node, parameter
 

@@ -48,8 +48,10 @@ def _await_head(arguments: Sequence[str]) -> None:
     told = False
     while True:
         try:
-            socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
             return
+        except (ValueError, OverflowError):
+            return  # no address, which Ray will say
         except OSError as error:
             if not told:
                 sys.stderr.write(f"Ray's head at {address} does not answer: {error}; waiting for it\n")

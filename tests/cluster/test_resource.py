@@ -49,14 +49,15 @@ def conditions(declared: Declared, observed: Observed) -> dict[str, tuple[str, s
 
 
 @pytest.mark.parametrize(
-    ("most", "leaving", "waiting", "wanted"),
-    [(3, 0, 0, 3), (3, 1, 1, 2), (3, 1, 0, 3), (3, 0, 1, 3), (3, 2, 1, 2), (3, 3, 3, 1), (1, 1, 1, 1)],
+    ("most", "leaving", "wanted"),
+    [(3, (), 3), (3, ("n1",), 2), (3, ("n1", "n1"), 2), (3, ("n1", "n2", "n3"), 1), (2, ("n3",), 2), (1, ("n1",), 1)],
 )
 def test_a_gateway_that_goes_and_whose_successor_has_no_node_is_not_replaced(
-    most: int, leaving: int, waiting: int, wanted: int
+    most: int, leaving: tuple[str, ...], wanted: int
 ):
-    gateway = Application("gateway", "DEPLOYING", leaving=leaving, waiting=waiting)
-    config = desired([], Observed(applications={"gateway": gateway}), gateway_replicas=most, now=NOW)
+    nodes = {"head": {"CPU": 0.0}} | {name: {"CPU": 4.0} for name in ("n1", "n2", "n3")}
+    applications = {"model-a": Application("model-a", "RUNNING", leaving=leaving)}
+    config = desired([], Observed(applications=applications, nodes=nodes), gateway_replicas=most, now=NOW)
     assert config["applications"][0]["deployments"][0]["num_replicas"] == wanted
 
 

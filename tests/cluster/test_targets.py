@@ -107,7 +107,8 @@ def test_a_replica_without_a_node_waits() -> None:
     }
     told = application("a", entry)
     assert (told.wanted, told.running, told.waiting, told.message) == (3, 2, 1, "no room")
-    assert (told.leaving, told.held[:2]) == (1, (("n1", {"CPU": 1.0}), ("n2", {"CPU": 1.0})))
+    assert told.leaving == ("n3",)
+    assert told.held == tuple((node, {"CPU": 1.0}) for node in ("n1", "n2", "n3"))
 
 
 class Service:

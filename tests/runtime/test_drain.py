@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ray import _raylet
+from ray.exceptions import RpcError
 
 from serve.runtime import drain
 from serve.runtime.drain import DrainError, drain_node, proxies_here
@@ -83,7 +85,7 @@ def test_replicas_are_not_hurried_until_the_deadline_is_near_and_then_end_in_ord
     longest_grace_s = 86_400.0  # the bound of a model's deadline_ms
     assert asked[0] > longest_grace_s + 2 and asked[1:] == [0.0]
     assert said[-2:] == [
-        "the deadline is near, and nobody answers in the place of 2 replicas here: Ray stops them",
+        "the deadline is near, and nobody answers in the place of 2 replicas here: Ray stops what is left",
         "0 replicas left",
     ]
 
@@ -94,6 +96,37 @@ def test_replicas_that_do_not_end_are_left_at_the_deadline(monkeypatch: pytest.M
     said: list[str] = []
     drain_node("127.0.0.1:1", address="127.0.0.1", deadline_s=1, say=said.append)
     assert said[-1] == "the deadline has passed, and 1 replica is left"
+
+
+def test_a_head_that_is_away_when_the_deadline_is_near_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def ask(_head: str, _address: str, deadline_s: float) -> None:
+        asked.append(deadline_s)
+        if asked.count(0.0) == 1:
+            raise drain._HeadIsAway("away")
+
+    monkeypatch.setattr(drain, "_ask_to_drain", ask)
+    monkeypatch.setattr(drain, "_address_of", lambda _: ("127.0.0.1", 1))
+    monkeypatch.setattr(drain, "replicas_here", lambda: [] if asked.count(0.0) == 2 else [1])
+    said: list[str] = []
+    drain_node("127.0.0.1:1", address="127.0.0.1", deadline_s=2, say=said.append)
+    assert said[-2:] == ["away; waiting for it", "0 replicas left"]
+
+
+def test_an_error_of_rays_own_is_told_as_a_head_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Client:
+        def __init__(self, address: str) -> None:
+            self.address = address
+
+        def get_all_node_info(self, timeout: float) -> dict[str, object]:
+            raise RpcError(f"no answer in {timeout:g} s")
+
+    monkeypatch.setattr(_raylet, "GcsClient", Client)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        head = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(DrainError, match=f"control store at {head} does not answer: no answer in 10 s"):
+            drain_node(head, address="127.0.0.1", deadline_s=0.1, say=lambda _: None)
 
 
 class Slow(http.server.BaseHTTPRequestHandler):

@@ -132,7 +132,7 @@ class Ray(Part):
         json_schema_extra={"additionalProperties": False},
     )
     drain_seconds: Seconds = Field(
-        570, description="Time in which a worker that ends hands over its replicas and finishes what is in flight."
+        300, description="Time in which a worker that ends hands over its replicas and finishes what is in flight."
     )
     kuberay: KubeRay = KubeRay()
 

@@ -76,8 +76,10 @@ containers:
           command:
             - /bin/sh
             - -c
-            # What it says goes to the pod's log, or Kubernetes would drop it.
-            - exec roundhouse drain-node --head {{ $head }} --node-ip "$POD_IP" --deadline-s {{ $root.Values.ray.drainSeconds }} >/proc/1/fd/1 2>&1
+            - |
+              # What it says goes to the pod's log where that can be written to; Kubernetes would drop it.
+              if (: >/proc/1/fd/1) 2>/dev/null; then exec >/proc/1/fd/1 2>&1; fi
+              exec roundhouse drain-node --head {{ $head }} --node-ip "$POD_IP" --deadline-s {{ $root.Values.ray.drainSeconds }}
     # The raylet's port opens when the worker has joined; traffic comes once a proxy runs here, beside a replica.
     startupProbe:
       tcpSocket: {port: raylet}

@@ -21,8 +21,8 @@ MAX_ONGOING_REQUESTS = 100_000
 ANSWERING = frozenset({"RUNNING", "UPDATING", "RECOVERING", "PENDING_MIGRATION"})
 
 _MODEL_PREFIX = "model-"
-#: How long a replica that leaves goes on answering, so that every node's HAProxy has been told of it.
-LEAVING_S = 10.0
+# How long a replica that leaves goes on answering, so that every node's HAProxy has been told of it.
+_LEAVING_S = 10.0
 _SHORTEST_GRACE_S = 10.0
 # A gateway waits for models' answers; most have this deadline.
 _GATEWAY_GRACE_S = 60.0
@@ -31,7 +31,7 @@ _GATEWAY_GRACE_S = 60.0
 ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": f"{LEAVING_S:g}",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": f"{_LEAVING_S:g}",
     # The gateway's application stands in the proxy that answers for what has no replica.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.runtime.fallback:middlewares",
     # Ray's spans, and those of a model's own code, join the traces that ours began, and begin none.
@@ -110,7 +110,7 @@ def deployment_options(spec: ModelSpec) -> dict[str, Any]:
         # A replica that replaces another answers before the old one goes, and one that fails leaves it in place.
         # A GPU that is full has no room for both: the new one would wait for ever.
         "max_surge_percent": 0 if spec.resources.gpus else 100,
-        "graceful_shutdown_timeout_s": LEAVING_S + max(_SHORTEST_GRACE_S, spec.deadline_ms / 1000),
+        "graceful_shutdown_timeout_s": _LEAVING_S + max(_SHORTEST_GRACE_S, spec.deadline_ms / 1000),
         "ray_actor_options": actor,
     }
 
@@ -170,7 +170,7 @@ def serve_config(
                 "max_ongoing_requests": MAX_ONGOING_REQUESTS,
                 # A little of a CPU keeps it off the head, which has none; one a node makes each a way in.
                 "max_replicas_per_node": 1,
-                "graceful_shutdown_timeout_s": LEAVING_S + _GATEWAY_GRACE_S,
+                "graceful_shutdown_timeout_s": _LEAVING_S + _GATEWAY_GRACE_S,
                 "ray_actor_options": {"num_cpus": 0.01},
                 "user_config": {"models": [gateway_entry(spec) for spec in specs]},
                 "logging_config": quiet,

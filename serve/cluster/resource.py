@@ -97,6 +97,11 @@ class Observed:
     nodes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     phases: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
+    @property
+    def workers(self) -> dict[str, Mapping[str, float]]:
+        """The nodes that replicas are placed on: the head has no CPU to give."""
+        return {node: resources for node, resources in self.nodes.items() if resources.get("CPU")}
+
 
 def read(model: Mapping[str, Any]) -> Declared:
     """Return what a Model object (as the API server gives it) declares."""
@@ -165,8 +170,7 @@ def _gateways(most: int, observed: Observed) -> int:
     going = {node for application in observed.applications.values() for node in application.leaving}
     if not going:
         return most
-    staying = [node for node, resources in observed.nodes.items() if resources.get("CPU") and node not in going]
-    return max(1, min(most, len(staying)))
+    return max(1, min(most, len(observed.workers.keys() - going)))
 
 
 def _last_right(application: Application | None) -> ModelSpec | None:
@@ -341,7 +345,7 @@ def shortage(model: Declared, observed: Observed) -> str:
 
 
 def _free(observed: Observed) -> dict[str, dict[str, float]]:
-    free = {node: dict(resources) for node, resources in observed.nodes.items() if resources.get("CPU")}
+    free = {node: dict(resources) for node, resources in observed.workers.items()}
     for application in observed.applications.values():
         for node, held in application.held:
             for name, amount in held.items():

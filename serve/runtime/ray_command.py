@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import socket
 import sys
 import tempfile
@@ -24,15 +23,20 @@ def main() -> None:
     """Do what `ray` does."""
     is_node = sys.argv[1:2] == ["start"] and "--block" in sys.argv
     try:
-        if is_node:
-            _await_head(sys.argv[2:])
-        with _forked_workers() if is_node else contextlib.nullcontext():
+        with _node(sys.argv[2:]) if is_node else contextlib.nullcontext():
             from ray.scripts import scripts
 
-            with _patience() if is_node else contextlib.nullcontext():
-                scripts.main()
+            scripts.main()
     except RoundhouseError as error:
         sys.exit(f"ray: {error}")
+
+
+@contextlib.contextmanager
+def _node(arguments: Sequence[str]) -> Iterator[None]:
+    _await_head(arguments)
+    # The fork server imports while this process does.
+    with _forked_workers(), _patience():
+        yield
 
 
 def _await_head(arguments: Sequence[str]) -> None:
@@ -71,7 +75,6 @@ def _patience() -> Iterator[None]:
 
     get_node, start_raylet = services.get_node, node.Node.start_raylet
 
-    @functools.wraps(get_node)
     def get_node_in_time(*arguments: Any, **named: Any) -> Any:
         ends = time.monotonic() + _JOIN_S
         while True:
@@ -82,7 +85,6 @@ def _patience() -> Iterator[None]:
                     raise
                 time.sleep(_POLL_S)
 
-    @functools.wraps(start_raylet)
     def start_raylet_with_ports(self: Any, *arguments: Any, **named: Any) -> None:
         _tell_ports(self)
         start_raylet(self, *arguments, **named)

@@ -390,7 +390,7 @@ def _progressing(
     if application.waiting:
         missing = shortage(model, observed)
         return _condition("Progressing", True, "WaitingForResources", missing or "A replica waits for a place.")
-    if application.status == "DEPLOYING" or application.running < application.wanted:
+    if not _is_complete(application):
         return _condition("Progressing", True, "Starting", message or "A replica is starting.")
     return _condition("Progressing", False, "Complete", "Every replica runs what is declared.")
 
@@ -402,12 +402,26 @@ def _degraded(model: Declared, application: Application | None, observed: Observ
         return _condition("Degraded", True, "LoadFailed", _why(model, application, observed))
     if application is not None and application.status == "UNHEALTHY":
         return _condition("Degraded", True, "ReplicaLost", application.message or "A replica died; another is coming.")
+    before = _told_before(model, "Degraded")
+    failed = before.get("reason") == "LoadFailed" and before["observedGeneration"] == model.generation
+    if failed and application is not None and not _is_complete(application):
+        # That it is being tried again mends nothing yet, and why it failed is what people look for meanwhile.
+        return _condition("Degraded", True, "LoadFailed", before["message"])
     return _condition("Degraded", False, "AsExpected", "Nothing is wrong.")
+
+
+def _is_complete(application: Application) -> bool:
+    """Return whether every replica that there should be runs what is declared."""
+    return application.status != "DEPLOYING" and application.running >= application.wanted
 
 
 def _dated(condition: dict[str, Any], model: Declared, now: str) -> dict[str, Any]:
     """Return a condition with the time of its last change, which is kept while it holds."""
-    before = next((old for old in model.status.get("conditions", ()) if old["type"] == condition["type"]), None)
-    changed = before is None or before["status"] != condition["status"]
-    since = now if before is None or changed else before["lastTransitionTime"]
+    before = _told_before(model, condition["type"])
+    since = before["lastTransitionTime"] if before.get("status") == condition["status"] else now
     return condition | {"lastTransitionTime": since, "observedGeneration": model.generation}
+
+
+def _told_before(model: Declared, kind: str) -> Mapping[str, Any]:
+    """Return a condition as it stands in the object; empty where it has none."""
+    return next((old for old in model.status.get("conditions", ()) if old["type"] == kind), {})

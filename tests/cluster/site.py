@@ -132,6 +132,15 @@ class Site:
         kind = {"apiVersion": "roundhouse.dev/v1alpha1", "kind": "Model"}
         return self.apply(*({**kind, "metadata": {"name": name}, "spec": spec} for name, spec in specs.items()))
 
+    @contextlib.contextmanager
+    def having(self, name: str, **spec: Any) -> Iterator[None]:
+        """Declare a Model until the block ends, however it does: no later test settles beside one that never starts."""
+        self.put(name, **spec)
+        try:
+            yield
+        finally:
+            self.kubectl("delete", "models.roundhouse.dev", name, "--timeout=2m")
+
     def model(self, name: str) -> Any:
         return self.get("models.roundhouse.dev", name)
 

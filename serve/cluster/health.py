@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import http.server
+import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 from serve.cluster.controller import Controller
 
@@ -32,6 +34,13 @@ def metrics(controller: Controller, *, leads: bool) -> str:
         *(f'roundhouse_models{{phase="{phase}"}} {count}' for phase, count in sorted(counters.phases.items())),
     ]
     return "\n".join([*lines, ""])
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Tell of what broke here: an asker who has gone is no mistake, and its traceback looks like one."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 def serve_health(
@@ -68,6 +77,6 @@ def serve_health(
         def log_message(self, *_: object) -> None:
             """Probes are not worth a line each."""
 
-    server = http.server.ThreadingHTTPServer((host, port), Handler)
+    server = _Server((host, port), Handler)
     threading.Thread(target=server.serve_forever, name="health", daemon=True).start()
     return server

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import struct
+import threading
 from collections.abc import Iterator
 
 import httpx
@@ -62,3 +65,18 @@ def test_metrics_are_read_by_prometheus_and_count(around: tuple[FakeApi, FakeRay
 def test_another_path_says_which_there_are(around: tuple[FakeApi, FakeRay, Controller, Clock, str]) -> None:
     answer = httpx.get(f"{around[-1]}/health")
     assert (answer.status_code, "/healthz" in answer.text) == (404, True)
+
+
+def test_an_asker_who_goes_before_its_answer_leaves_no_traceback(
+    around: tuple[FakeApi, FakeRay, Controller, Clock, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    address = httpx.URL(around[-1])
+    before = set(threading.enumerate())
+    with socket.create_connection((address.host, address.port)) as asker:
+        asker.sendall(b"GET /metr")
+        asker.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, not an orderly end
+    # One that is answered after it says that its connection was taken; then its thread ends by itself.
+    httpx.get(f"{around[-1]}/readyz")
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=60)
+    assert capsys.readouterr().err == ""

@@ -17,6 +17,11 @@ from serve.errors import RoundhouseError
 _JOIN_S = 180.0
 _POLL_S = 1.0
 _CONNECT_S = 3.0
+_LAST_LINES = 5
+
+
+class RayletEnded(RoundhouseError):
+    """What makes a node of this machine ended before it had joined; the message has its last words."""
 
 
 def main() -> None:
@@ -74,6 +79,7 @@ def _patience() -> Iterator[None]:
     from ray._private import node, services
 
     get_node, start_raylet = services.get_node, node.Node.start_raylet
+    started: list[Any] = []
 
     def get_node_in_time(*arguments: Any, **named: Any) -> Any:
         ends = time.monotonic() + _JOIN_S
@@ -81,6 +87,8 @@ def _patience() -> Iterator[None]:
             try:
                 return get_node(*arguments, **named)
             except RuntimeError:
+                for each in started:
+                    _fail_if_ended(each)
                 if time.monotonic() > ends:
                     raise
                 time.sleep(_POLL_S)
@@ -88,12 +96,24 @@ def _patience() -> Iterator[None]:
     def start_raylet_with_ports(self: Any, *arguments: Any, **named: Any) -> None:
         _tell_ports(self)
         start_raylet(self, *arguments, **named)
+        started.append(self)
 
     services.get_node, node.Node.start_raylet = get_node_in_time, start_raylet_with_ports
     try:
         yield
     finally:
         services.get_node, node.Node.start_raylet = get_node, start_raylet
+
+
+def _fail_if_ended(node: Any) -> None:
+    """Raise RayletEnded where there is nothing to wait for."""
+    for raylet in node.all_processes.get("raylet", ()):
+        status = raylet.process.poll()
+        if status is not None:
+            log = Path(node._logs_dir) / "raylet.out"
+            lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+            last = [line for line in lines if line.startswith("[")][-_LAST_LINES:]  # and not the frames below them
+            raise RayletEnded("\n".join([f"its raylet ended with status {status} before the node had joined", *last]))
 
 
 def _tell_ports(node: Any) -> None:

@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 from ray import _raylet
@@ -83,6 +85,36 @@ def test_a_node_that_does_not_join_is_told_as_ray_tells_it(monkeypatch: pytest.M
         services.get_node("head:6379", "abc")
 
 
+def test_a_node_whose_raylet_has_ended_is_not_waited_for_and_says_what_it_said_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    raylet = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+    raylet.wait()
+    (tmp_path / "raylet.out").write_text("[I] one\n[C] the port is taken\n/raylet(+0x23) main\n")
+
+    class Node:
+        """What Ray's own has of this once it has started its raylet."""
+
+        all_processes: ClassVar[dict[str, object]] = {"raylet": [SimpleNamespace(process=raylet)]}
+        _logs_dir = _session_dir = str(tmp_path)
+        _node_id = "a" * 56
+        _ray_params = parameter.RayParams()
+
+        def start_raylet(self) -> None:
+            """Started above."""
+
+    def get_node(_address: str, _node: str) -> None:
+        raise RuntimeError("no such node")
+
+    monkeypatch.setattr(node, "Node", Node)
+    monkeypatch.setattr(services, "get_node", get_node)
+    with ray_command._patience():
+        Node().start_raylet()
+        with pytest.raises(ray_command.RayletEnded, match="status 3 before the node had joined") as told:
+            services.get_node("head:6379", "abc")
+    assert str(told.value).endswith("\n[I] one\n[C] the port is taken")
+
+
 def test_a_raylet_knows_the_ports_that_are_given_before_its_agents_have_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -92,6 +124,7 @@ def test_a_raylet_knows_the_ports_that_are_given_before_its_agents_have_imported
         """What Ray's own has of this when it starts its raylet."""
 
         _session_dir, _node_id = str(tmp_path), "a" * 56
+        all_processes: ClassVar[dict[str, object]] = {}
         _ray_params = parameter.RayParams(runtime_env_agent_port=6382, dashboard_agent_listen_port=6384)
 
         def start_raylet(self) -> None:

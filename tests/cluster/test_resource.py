@@ -282,6 +282,8 @@ def test_what_failed_is_degraded_for_the_same_reason_until_what_is_declared_runs
     assert (degraded["status"], degraded["reason"], degraded["message"]) == ("True", "LoadFailed", "the cache is full")
     assert status(read(told), again)["phase"] == "Starting"
     told |= {"status": status(read(told), again)}
+    lost = replace(again, applications=app(status="UNHEALTHY", wanted=1).applications)
+    assert conditions(read(told), lost)["Degraded"] == ("True", "LoadFailed")
     assert conditions(read(told), app(status="DEPLOYING", wanted=1, running=1))["Degraded"][0] == "True"
     assert conditions(read(told), app(wanted=1, running=1))["Degraded"] == ("False", "AsExpected")
 
@@ -320,6 +322,18 @@ def test_what_is_missing_for_one_more_replica_is_told_while_others_answer():
     progressing = next(each for each in found["conditions"] if each["type"] == "Progressing")
     assert (found["phase"], progressing["reason"]) == ("Ready", "WaitingForResources")
     assert "needs 1 GPU, 0 GPUs free" in progressing["message"]
+
+
+def test_a_worker_that_is_being_drained_has_no_room_for_anybody():
+    waiting = app(status="DEPLOYING", wanted=1, waiting=1).applications
+    one = Application("model-two", "RUNNING", running=1, leaving=("b",), held=(("b", {"CPU": 1}),))
+    full = Application("model-three", "RUNNING", running=1, held=(("a", {"CPU": 4}),))
+    nodes = {"a": {"CPU": 4.0}, "b": {"CPU": 4.0}}
+    found = status(read(model()), Observed({**waiting, "model-two": one, "model-three": full}, nodes=nodes))
+    assert (found["phase"], found["message"]) == (
+        "Queued",
+        "needs 1 CPU, 0 CPUs free on the worker with most room; 1 worker",
+    )
 
 
 def test_what_fits_is_no_shortage():

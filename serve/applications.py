@@ -24,7 +24,7 @@ _MODEL_PREFIX = "model-"
 # How long a replica that leaves goes on answering, so that every node's HAProxy has been told of it.
 _LEAVING_S = 10.0
 _SHORTEST_GRACE_S = 10.0
-# A gateway waits for models' answers; most have this deadline.
+# A gateway waits for models' answers. Most have this deadline, so that few edits change it.
 _GATEWAY_GRACE_S = 60.0
 
 #: What Ray, Ray Serve and models' libraries read from every node's environment, beside what differs between machines.
@@ -110,9 +110,14 @@ def deployment_options(spec: ModelSpec) -> dict[str, Any]:
         # A replica that replaces another answers before the old one goes, and one that fails leaves it in place.
         # A GPU that is full has no room for both: the new one would wait for ever.
         "max_surge_percent": 0 if spec.resources.gpus else 100,
-        "graceful_shutdown_timeout_s": _LEAVING_S + max(_SHORTEST_GRACE_S, spec.deadline_ms / 1000),
+        "graceful_shutdown_timeout_s": _grace_s(_SHORTEST_GRACE_S, spec),
         "ray_actor_options": actor,
     }
+
+
+def _grace_s(shortest_s: float, *specs: ModelSpec) -> float:
+    """Return how long a replica may take to leave, so that the last request for one of these models has its time."""
+    return _LEAVING_S + max([shortest_s, *(spec.deadline_ms / 1000 for spec in specs)])
 
 
 def replica_options(spec: ModelSpec) -> dict[str, Any]:
@@ -170,7 +175,7 @@ def serve_config(
                 "max_ongoing_requests": MAX_ONGOING_REQUESTS,
                 # A little of a CPU keeps it off the head, which has none; one a node makes each a way in.
                 "max_replicas_per_node": 1,
-                "graceful_shutdown_timeout_s": _LEAVING_S + _GATEWAY_GRACE_S,
+                "graceful_shutdown_timeout_s": _grace_s(_GATEWAY_GRACE_S, *specs),
                 "ray_actor_options": {"num_cpus": 0.01},
                 "user_config": {"models": [gateway_entry(spec) for spec in specs]},
                 "logging_config": quiet,

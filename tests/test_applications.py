@@ -124,6 +124,7 @@ def test_what_a_replica_was_asked_last_has_time_for_its_answer(deadline_ms: floa
     """Ray counts the time in which proxies may still ask a replica that leaves to the grace that it has in all."""
     window_s = float(ENVIRONMENT["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"])
     spec = ModelSpec(name="a", task="text-embedding", source="package:a", deadline_ms=deadline_ms)
-    gateway, model = (entry["deployments"][0] for entry in serve_config([spec])["applications"])
+    other = spec.model_copy(update={"name": "b", "deadline_ms": 30_000.0})
+    gateway, model, _ = (entry["deployments"][0] for entry in serve_config([spec, other])["applications"])
     assert model["graceful_shutdown_timeout_s"] >= window_s + deadline_ms / 1000
-    assert gateway["graceful_shutdown_timeout_s"] >= window_s + 60
+    assert gateway["graceful_shutdown_timeout_s"] >= window_s + max(60, deadline_ms / 1000)

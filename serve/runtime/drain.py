@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 
 import psutil
 
@@ -19,17 +21,23 @@ _REPLICA_TITLE = "ray::ServeReplica"
 _POLL_S = 0.5
 _CONNECT_S = 3.0
 _ANSWER_S = 10.0
+# Ray's client goes on by itself for minutes with a head that went, or stands still, after it had been reached.
+_TALK_S = 20.0
 # For what is still on its way here when the last replica has ended.
 _LAST_REQUESTS_S = 5.0
 # However late it is, the proxy here has this long for what it was asked.
 _LAST_ANSWERS_S = 10.0
-# So long before the deadline, and no earlier than in its last quarter, replicas that nobody has taken over stop.
-_LAST_CALL_S = 30.0
+# So long before the deadline, and no earlier than in its last quarter, replicas that nobody has taken over stop: they
+# go on until every proxy knows, which takes ten seconds, and most requests have a minute.
+_LAST_CALL_S = 75.0
 # Ray stops a replica whether or not another answers in its place, once its node's deadline is no further away than the
 # time that the replica has to stop in, a minute for most: no deadline that Ray knows may come near before ours does.
 _NO_HURRY_S = 10 * 86_400.0
 # A head that is being replaced may be without a name for a moment.
 _NAMELESS_S = 10.0
+
+
+_Answers = list[tuple[bool, str]]
 
 
 class DrainError(RoundhouseError):
@@ -39,9 +47,9 @@ class DrainError(RoundhouseError):
 def drain_node(head: str, *, address: str, deadline_s: float, say: Callable[[str], None]) -> None:
     """Have Ray place this node's replicas elsewhere, and return when none is left here, or at the deadline.
 
-    Each goes on answering until another does so in its place. One that has no successor shortly before the deadline
-    takes no request any more and finishes those it has. Then, and also where nobody takes them over, this node's proxy
-    answers what it was asked, and ends.
+    Each goes on answering until another does so in its place. One that has no successor 75 s before the deadline, or in
+    its last quarter, stops: once the proxies know, it takes no request any more, and finishes those it has while there
+    is time. Then, and also where nobody takes them over, this node's proxy answers what it was asked, and ends.
 
     A head that is being replaced as well is waited for: without it nobody would take the replicas over. One whose name
     is gone will not come back, and nothing is waited for.
@@ -90,7 +98,8 @@ def _stop_the_rest(head: str, address: str, ends: float, say: Callable[[str], No
     """Have Ray stop what it could not place elsewhere, so that requests in flight are answered before the pod's end."""
     if not (left := len(replicas_here())):
         return
-    say(f"the deadline is near, and nobody answers in the place of {_counted(left)} here: Ray stops what is left")
+    are = "is" if left == 1 else "are"
+    say(f"the deadline is near, and {_counted(left)} {are} left: Ray stops what nobody has taken over")
     if not _asked(head, address, 0.0, ends, say):
         return
     while (left := len(replicas_here())) and time.monotonic() < ends:
@@ -190,28 +199,50 @@ def _ask_to_drain(head: str, address: str, deadline_s: float) -> None:
         _HeadIsAway: It does not answer.
         DrainError: It does not know the node, or refuses.
     """
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]
-    from ray.core.generated import autoscaler_pb2, gcs_pb2
-
-    alive = gcs_pb2.GcsNodeInfo.GcsNodeState.ALIVE
-    reason = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
     host, _, port = head.rpartition(":")
     try:
         # Ray's own client takes forty seconds to find that nobody is there.
         socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
-        client = GcsClient(address=head)
-        nodes = [
-            node.node_id.hex()
-            for node in client.get_all_node_info(timeout=_ANSWER_S).values()
-            if node.node_manager_address == address and node.state == alive
-        ]
-        deadline_ms = int((time.time() + deadline_s) * 1000)
-        answers = [client.drain_node(node, reason, "its pod is being ended", deadline_ms) for node in nodes]
+        answers = _bounded(lambda: _drained(head, address, deadline_s), _TALK_S)
     except Exception as error:
         raise _HeadIsAway(f"Ray's control store at {head} does not answer: {error}") from error
-    if not nodes:
+    if not answers:
         raise DrainError(
             f"Ray has no node that is alive at {address}; --node-ip takes the address given to `ray start`"
         )
     if refusals := [why for accepted, why in answers if not accepted]:
         raise DrainError(f"Ray does not drain {address}: {'; '.join(refusals)}")
+
+
+def _drained(head: str, address: str, deadline_s: float) -> _Answers:
+    """Return what Ray says to the drain of each node that is alive at an address: whether it does it, or why not."""
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.core.generated import autoscaler_pb2, gcs_pb2
+
+    alive = gcs_pb2.GcsNodeInfo.GcsNodeState.ALIVE
+    reason = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+    client = GcsClient(address=head)
+    nodes = [
+        node.node_id.hex()
+        for node in client.get_all_node_info(timeout=_ANSWER_S).values()
+        if node.node_manager_address == address and node.state == alive
+    ]
+    deadline_ms = int((time.time() + deadline_s) * 1000)
+    return [client.drain_node(node, reason, "its pod is being ended", deadline_ms) for node in nodes]
+
+
+def _bounded(call: Callable[[], _Answers], within_s: float) -> _Answers:
+    """Return what a call does, or raise TimeoutError; what takes longer is left to itself."""
+    done: Future[_Answers] = Future()
+
+    def work() -> None:
+        try:
+            done.set_result(call())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=work, name="drain", daemon=True).start()
+    try:
+        return done.result(within_s)
+    except TimeoutError:
+        raise TimeoutError(f"no answer in {within_s:g} s") from None

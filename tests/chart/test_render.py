@@ -415,7 +415,8 @@ def test_each_group_has_its_workers_and_its_budget():
     assert workers["rh-roundhouse-worker-large"]["replicas"] == 0
     large = workers["rh-roundhouse-worker-large"]["template"]["spec"]
     assert large["containers"][0]["resources"]["requests"] == {"cpu": "30", "memory": "200Gi"}
-    assert large["terminationGracePeriodSeconds"] > 300
+    assert large["terminationGracePeriodSeconds"] == 480
+    assert "--deadline-s 450" in large["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
     assert {
         each["metadata"]["name"]: each["spec"]["maxUnavailable"] for each in of("two-groups", "PodDisruptionBudget")
     } == {

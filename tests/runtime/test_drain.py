@@ -85,7 +85,7 @@ def test_replicas_are_not_hurried_until_the_deadline_is_near_and_then_end_in_ord
     longest_grace_s = 86_400.0  # the bound of a model's deadline_ms
     assert asked[0] > longest_grace_s + 2 and asked[1:] == [0.0]
     assert said[-2:] == [
-        "the deadline is near, and nobody answers in the place of 2 replicas here: Ray stops what is left",
+        "the deadline is near, and 2 replicas are left: Ray stops what nobody has taken over",
         "0 replicas left",
     ]
 
@@ -127,6 +127,19 @@ def test_an_error_of_rays_own_is_told_as_a_head_that_is_away(monkeypatch: pytest
         head = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(DrainError, match=f"control store at {head} does not answer: no answer in 10 s"):
             drain_node(head, address="127.0.0.1", deadline_s=0.1, say=lambda _: None)
+
+
+def test_a_head_that_stands_still_in_the_middle_is_one_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    thawed = threading.Event()
+    monkeypatch.setattr(drain, "_TALK_S", 0.05)
+    monkeypatch.setattr(drain, "_drained", lambda *_: thawed.wait())
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        head = f"127.0.0.1:{server.getsockname()[1]}"
+        try:
+            with pytest.raises(DrainError, match=f"control store at {head} does not answer: no answer in 0.05 s"):
+                drain_node(head, address="127.0.0.1", deadline_s=0.1, say=lambda _: None)
+        finally:
+            thawed.set()
 
 
 class Slow(http.server.BaseHTTPRequestHandler):

@@ -8,6 +8,7 @@ COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generat
 PLATFORM := --group pyproject.toml:catalog --group pyproject.toml:build --extra models --extra s3 --extra gcs pyproject.toml
 TOOLS := .tools/bin/helm
 CHECKS := .tools/checks/.installed
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 COLLECTOR := .tools/observe/.installed
 MODELS ?= models.yaml
 BASE ?= python:3.12-slim-bookworm
@@ -20,7 +21,7 @@ IMAGE ?= roundhouse:$(VERSION)
 BUILD ?= buildah build --layers
 
 .DEFAULT_GOAL := help
-.PHONY: help serve observe test test-unit test-e2e test-cluster lint format bench image charts pictures lock clean
+.PHONY: help serve observe test test-unit test-models test-e2e test-cluster lint format bench image charts pictures lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -31,10 +32,13 @@ serve: $(VENV)/.serve ## Set up, then serve the models of models.yaml (MODELS=ot
 observe: $(VENV)/.serve $(COLLECTOR) ## Watch what `make serve` serves: Prometheus, dashboards, traces (ARGS=--help)
 	@exec $(BIN)/python -m loadtests.observe $(ARGS)
 
-test: test-unit test-e2e ## Set up, then run every test
+test: test-unit test-models test-e2e ## Set up, then run every test
 
-test-unit: $(VENV)/.dev $(TOOLS) $(CHECKS) ## The tests that start no platform
-	$(BIN)/python -m pytest tests -m "not e2e and not cluster" --numprocesses auto --maxprocesses 4 --dist loadfile
+test-unit: $(VENV)/.dev $(TOOLS) $(CHECKS) ## The tests that start no platform, without those of the models
+	$(PYTEST) tests --ignore=tests/models -m "not e2e and not cluster"
+
+test-models: $(VENV)/.dev ## The tests of the models that are built in
+	$(PYTEST) tests/models
 
 test-e2e: $(VENV)/.dev ## The tests that start platforms, as a user does
 	$(BIN)/python -m pytest tests/e2e

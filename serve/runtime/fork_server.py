@@ -223,7 +223,8 @@ def _become(order: dict[str, Any], streams: Sequence[int], connection: socket.so
     if known != {name: os.environ.get(name) for name in _READ_ONCE}:
         os.execv(sys.executable, [sys.executable, script, *order["arguments"]])  # noqa: S606 - another driver's worker
     _reseed()
-    threading.Thread(target=_end_with, args=(connection,), name="launcher", daemon=True).start()
+    # What ends this worker closes the connection before its last words are written: the watch has one of its own.
+    threading.Thread(target=_end_with, args=(connection.dup(),), name="launcher", daemon=True).start()
     sys.argv = [script, *order["arguments"]]
     try:
         runpy.run_path(script, run_name="__main__")

@@ -5,16 +5,14 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 
 import psutil
 
 from serve.errors import RoundhouseError
 from serve.runtime.front import haproxy_binary
-from serve.runtime.local import has_haproxy
+from serve.runtime.local import begun, has_haproxy
 
 _NOBODY = "{head} is no name any more: the platform is going, and nobody takes the replicas over"
 _REPLICA_TITLE = "ray::ServeReplica"
@@ -35,9 +33,6 @@ _LAST_CALL_S = 75.0
 _NO_HURRY_S = 10 * 86_400.0
 # A head that is being replaced may be without a name for a moment.
 _NAMELESS_S = 10.0
-
-
-_Answers = list[tuple[bool, str]]
 
 
 class DrainError(RoundhouseError):
@@ -98,18 +93,20 @@ def _stop_the_rest(head: str, address: str, ends: float, say: Callable[[str], No
     """Have Ray stop what it could not place elsewhere, so that requests in flight are answered before the pod's end."""
     if not (left := len(replicas_here())):
         return
-    are = "is" if left == 1 else "are"
-    say(f"the deadline is near, and {_counted(left)} {are} left: Ray stops what nobody has taken over")
+    say(f"the deadline is near, and {_are_left(left)}: Ray stops what nobody has taken over")
     if not _asked(head, address, 0.0, ends, say):
         return
     while (left := len(replicas_here())) and time.monotonic() < ends:
         time.sleep(_POLL_S)
-    are = "is" if left == 1 else "are"
-    say(f"the deadline has passed, and {_counted(left)} {are} left" if left else "0 replicas left")
+    say(f"the deadline has passed, and {_are_left(left)}" if left else "0 replicas left")
 
 
 def _counted(replicas: int) -> str:
     return f"{replicas} replica{'' if replicas == 1 else 's'}"
+
+
+def _are_left(replicas: int) -> str:
+    return f"{_counted(replicas)} {'is' if replicas == 1 else 'are'} left"
 
 
 def _let_go(ends: float, say: Callable[[str], None]) -> None:
@@ -203,9 +200,10 @@ def _ask_to_drain(head: str, address: str, deadline_s: float) -> None:
     try:
         # Ray's own client takes forty seconds to find that nobody is there.
         socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
-        answers = _bounded(lambda: _drained(head, address, deadline_s), _TALK_S)
+        answers = begun(lambda: _drained(head, address, deadline_s)).result(_TALK_S)
     except Exception as error:
-        raise _HeadIsAway(f"Ray's control store at {head} does not answer: {error}") from error
+        why = str(error) or f"no answer in {_TALK_S:g} s"
+        raise _HeadIsAway(f"Ray's control store at {head} does not answer: {why}") from error
     if not answers:
         raise DrainError(
             f"Ray has no node that is alive at {address}; --node-ip takes the address given to `ray start`"
@@ -214,7 +212,7 @@ def _ask_to_drain(head: str, address: str, deadline_s: float) -> None:
         raise DrainError(f"Ray does not drain {address}: {'; '.join(refusals)}")
 
 
-def _drained(head: str, address: str, deadline_s: float) -> _Answers:
+def _drained(head: str, address: str, deadline_s: float) -> list[tuple[bool, str]]:
     """Return what Ray says to the drain of each node that is alive at an address: whether it does it, or why not."""
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated import autoscaler_pb2, gcs_pb2
@@ -229,20 +227,3 @@ def _drained(head: str, address: str, deadline_s: float) -> _Answers:
     ]
     deadline_ms = int((time.time() + deadline_s) * 1000)
     return [client.drain_node(node, reason, "its pod is being ended", deadline_ms) for node in nodes]
-
-
-def _bounded(call: Callable[[], _Answers], within_s: float) -> _Answers:
-    """Return what a call does, or raise TimeoutError; what takes longer is left to itself."""
-    done: Future[_Answers] = Future()
-
-    def work() -> None:
-        try:
-            done.set_result(call())
-        except BaseException as error:
-            done.set_exception(error)
-
-    threading.Thread(target=work, name="drain", daemon=True).start()
-    try:
-        return done.result(within_s)
-    except TimeoutError:
-        raise TimeoutError(f"no answer in {within_s:g} s") from None

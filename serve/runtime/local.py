@@ -186,15 +186,7 @@ class Platform:
         Raises:
             PlatformError: The node has ended, or the time is over; the message names a log that `stop` leaves in place.
         """
-        done: Future[Result] = Future()
-
-        def run() -> None:
-            try:
-                done.set_result(work())
-            except BaseException as error:
-                done.set_exception(error)
-
-        threading.Thread(target=run, name="ray", daemon=True).start()
+        done = begun(work)
         ends = time.monotonic() + within_s
         while not wait([done], timeout=_LOOK_AT_NODE_S).done:
             self._check_node()
@@ -444,6 +436,20 @@ def _lean_node(*, dashboard: bool, ports: Sequence[int]) -> Iterator[None]:
         parameter.RayParams = params
         node.Node.start_api_server, node.Node.start_raylet = start_api_server, start_raylet
         services.get_node, services.start_ray_process = get_node, start_process
+
+
+def begun(work: Callable[[], Result]) -> Future[Result]:
+    """Have a thread do what Ray may never return from; whoever waits no longer leaves it alone."""
+    done: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="ray", daemon=True).start()
+    return done
 
 
 def _within(timeout_s: float, work: Callable[[], object]) -> None:

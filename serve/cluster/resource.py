@@ -103,10 +103,9 @@ class Observed:
         return {node: resources for node, resources in self.nodes.items() if resources.get("CPU")}
 
     @property
-    def staying(self) -> dict[str, Mapping[str, float]]:
-        """The workers that are not being drained, as far as their replicas tell: Ray places nothing on the others."""
-        leaving = {node for application in self.applications.values() for node in application.leaving}
-        return {node: resources for node, resources in self.workers.items() if node not in leaving}
+    def leaving(self) -> set[str]:
+        """The nodes that are being drained, as far as their replicas tell: Ray places nothing on them."""
+        return {node for application in self.applications.values() for node in application.leaving}
 
 
 def read(model: Mapping[str, Any]) -> Declared:
@@ -173,9 +172,8 @@ def _gateways(most: int, observed: Observed) -> int:
     There is one a node at most. Where a node is drained whose successor comes once it is gone, as KubeRay has it, a
     gateway's replacement finds no place: the drain would last until its deadline, and break off what the old one has.
     """
-    if observed.staying == observed.workers:
-        return most
-    return max(1, min(most, len(observed.staying)))
+    leaving = observed.leaving
+    return max(1, min(most, len(observed.workers.keys() - leaving))) if leaving else most
 
 
 def _last_right(application: Application | None) -> ModelSpec | None:
@@ -350,7 +348,8 @@ def shortage(model: Declared, observed: Observed) -> str:
 
 
 def _free(observed: Observed) -> dict[str, dict[str, float]]:
-    free = {node: dict(resources) for node, resources in observed.staying.items()}
+    leaving = observed.leaving
+    free = {node: dict(resources) for node, resources in observed.workers.items() if node not in leaving}
     for application in observed.applications.values():
         for node, held in application.held:
             for name, amount in held.items():
@@ -403,16 +402,19 @@ def _progressing(
 def _degraded(model: Declared, application: Application | None, observed: Observed) -> dict[str, Any]:
     if model.spec is None:
         return _condition("Degraded", True, "InvalidSpec", model.problem)
-    if application is not None and _fails(model, application, observed):
+    well = _condition("Degraded", False, "AsExpected", "Nothing is wrong.")
+    if application is None:
+        return well
+    if _fails(model, application, observed):
         return _condition("Degraded", True, "LoadFailed", _why(model, application, observed))
     before = _told_before(model, "Degraded")
     failed = before.get("reason") == "LoadFailed" and before["observedGeneration"] == model.generation
-    if failed and application is not None and not _is_complete(application):
+    if failed and not _is_complete(application):
         # That it is being tried again mends nothing yet, and why it failed is what people look for meanwhile.
         return _condition("Degraded", True, "LoadFailed", before["message"])
-    if application is not None and application.status == "UNHEALTHY":
+    if application.status == "UNHEALTHY":
         return _condition("Degraded", True, "ReplicaLost", application.message or "A replica died; another is coming.")
-    return _condition("Degraded", False, "AsExpected", "Nothing is wrong.")
+    return well
 
 
 def _is_complete(application: Application) -> bool:

@@ -50,7 +50,15 @@ def conditions(declared: Declared, observed: Observed) -> dict[str, tuple[str, s
 
 @pytest.mark.parametrize(
     ("most", "leaving", "wanted"),
-    [(3, (), 3), (3, ("n1",), 2), (3, ("n1", "n1"), 2), (3, ("n1", "n2", "n3"), 1), (2, ("n3",), 2), (1, ("n1",), 1)],
+    [
+        (3, (), 3),
+        (3, ("n1",), 2),
+        (3, ("n1", "n1"), 2),
+        (3, ("n1", "n2", "n3"), 1),
+        (2, ("n3",), 2),
+        (1, ("n1",), 1),
+        (4, ("gone",), 3),
+    ],
 )
 def test_a_gateway_that_goes_and_whose_successor_has_no_node_is_not_replaced(
     most: int, leaving: tuple[str, ...], wanted: int

@@ -15,7 +15,6 @@ from typing import Any
 
 import ray
 from ray.serve import context
-from ray.serve.schema import ApplicationDetails, ServeInstanceDetails
 
 from serve.api.directory import Capacity, ModelScaling, ModelStatus, find, version_of
 from serve.api.explanation import explanation
@@ -113,9 +112,14 @@ class Asker:
             logger.exception("Ray does not tell how the models are; what was known stays.")
 
 
-def _applications() -> Mapping[str, ApplicationDetails]:
+def _applications() -> Mapping[str, Mapping[str, Any]]:
+    """Return Ray's details of each application as plain values.
+
+    Ray's own class for them serializes the router of each deployment as it is built: most of what a gateway of many
+    models would do, and the requests beside it would wait for the interpreter.
+    """
     client = context._get_global_client(raise_if_no_controller_running=False)
-    return ServeInstanceDetails(**client.get_serve_details()).applications if client is not None else {}
+    return client.get_serve_details().get("applications", {}) if client is not None else {}
 
 
 def _is_fixed(entry: Mapping[str, Any]) -> bool:
@@ -139,30 +143,35 @@ def capacity(total: Mapping[str, float], available: Mapping[str, float], *, mach
 
 def model_status(
     entry: Mapping[str, Any],
-    application: ApplicationDetails | None,
+    application: Mapping[str, Any] | None,
     last: phases.ReplicaPhase | None,
     kept: Kept,
 ) -> ModelStatus:
-    """Fold what was declared, what Ray says, what a replica last said and what was decided into one status (pure)."""
+    """Fold what was declared, what Ray says, what a replica last said and what was decided into one status (pure).
+
+    Args:
+        application: As `ray.serve.schema.ApplicationDetails` has it, in plain values; None where Ray knows of none.
+    """
     states: Counter[str] = Counter()
     running = target = 0
     changing = False
     phase, message = "queued", "waiting for a replica"
     if application is not None:
-        for deployment in application.deployments.values():
-            states.update(replica.state for replica in deployment.replicas)
-            target += deployment.target_num_replicas
+        status = application["status"]
+        for deployment in application["deployments"].values():
+            states.update(replica["state"] for replica in deployment["replicas"])
+            target += deployment["target_num_replicas"]
         running = sum(count for state, count in states.items() if state in ANSWERING)
         if running:
             phase, message = "ready", ""
-            changing = application.status == "DEPLOYING"
-            if application.status == "DEPLOY_FAILED":
+            changing = status == "DEPLOYING"
+            if status == "DEPLOY_FAILED":
                 message = f"its change failed, and what was before answers: {_why(application, last)}"
-        elif application.status == "DEPLOY_FAILED":
-            phase, message = "failed", application.message
-        elif application.status == "UNHEALTHY":
+        elif status == "DEPLOY_FAILED":
+            phase, message = "failed", application["message"]
+        elif status == "UNHEALTHY":
             phase, message = "starting", "its replica died; another is on its way"
-        elif application.status == "DELETING":
+        elif status == "DELETING":
             phase, message = "draining", ""
     if last is not None and not running and phase != "draining":
         if last.phase == "failed":
@@ -201,8 +210,8 @@ def _scaling(entry: Mapping[str, Any], states: Mapping[str, int], kept: Kept) ->
     )
 
 
-def _why(application: ApplicationDetails, last: phases.ReplicaPhase | None) -> str:
-    return last.message if last is not None and last.phase == "failed" else str(application.message)
+def _why(application: Mapping[str, Any], last: phases.ReplicaPhase | None) -> str:
+    return last.message if last is not None and last.phase == "failed" else str(application["message"])
 
 
 def progress(last: phases.ReplicaPhase) -> str:

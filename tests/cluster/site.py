@@ -11,6 +11,7 @@ import os
 import subprocess
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -155,6 +156,15 @@ class Site:
         models = self.get("models.roundhouse.dev")["items"]
         return [model["metadata"]["name"] for model in models if not is_model_ready(model)]
 
+    def hops(self, request: str) -> dict[str, str]:
+        """Return what each worker remembers of a request by its name: how far it came, and where its time went."""
+        code = f"import urllib.request as web; print(web.urlopen('http://127.0.0.1:8000/v2/requests/{request}').read())"
+        found = {}
+        for worker in self.names_of("worker"):
+            with contextlib.suppress(Refused):
+                found[worker] = self.kubectl("exec", worker, "--", "python", "-c", code)
+        return found
+
     def settle(self) -> None:
         """Wait until every Model is Ready and every pod too."""
 
@@ -257,11 +267,12 @@ class Load:
     def _ask(self, route: str, ask: Callable[[httpx.Client], httpx.Response]) -> None:
         with httpx.Client(base_url=self._site.http.base_url, timeout=30) as client:
             while not self._over.wait(0.2):
+                name = client.headers["x-request-id"] = f"{route}-{uuid.uuid4().hex}"
                 try:
                     answer = ask(client)
                     told = "" if answer.status_code == 200 else _told(answer)
                 except httpx.HTTPError as error:
-                    told = repr(error)
+                    told = f"{error!r}, {self._site.hops(name)}"
                 self.answers[route] += 1
                 if told:
                     self.failures.append(f"{route}: {told}")

@@ -67,15 +67,16 @@ _PARENTS = """
 import psutil
 for process in psutil.process_iter(["cmdline"]):
     if (process.info["cmdline"] or [""])[0].startswith("ray::ServeReplica"):
-        print(" ".join(process.parent().cmdline()))
+        print(process.nice(), *process.parent().cmdline())
 """
 
 
-def test_replicas_are_forked_and_none_imports_for_itself(site: Site) -> None:
+def test_replicas_are_forked_and_yield_to_nothing(site: Site) -> None:
     for worker in site.names_of("worker"):
         parents = site.kubectl("exec", worker, "--", "python", "-c", _PARENTS).splitlines()
         assert parents
         assert all("serve.runtime.fork_server" in parent for parent in parents)
+        assert {parent.split()[0] for parent in parents} == {"0"}
 
 
 # What the API server takes

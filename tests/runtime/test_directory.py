@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,9 +21,9 @@ FIXED = ENTRY | {"scaling": ENTRY["scaling"] | {"min_replicas": 3}}
 
 
 def application(status: str, message: str = "", wanted: int = 1, **states: int) -> Any:
-    replicas = [SimpleNamespace(state=state) for state, count in states.items() for _ in range(count)]
-    deployment = SimpleNamespace(replicas=replicas, target_num_replicas=wanted)
-    return SimpleNamespace(status=status, message=message, deployments={"model": deployment})
+    replicas = [{"state": state} for state, count in states.items() for _ in range(count)]
+    deployment = {"replicas": replicas, "target_num_replicas": wanted}
+    return {"status": status, "message": message, "deployments": {"model": deployment}}
 
 
 def folded(ray: Any, last: ReplicaPhase | None, entry: dict[str, Any] = ENTRY, kept: Kept | None = None) -> ModelStatus:

@@ -348,7 +348,9 @@ class Values(Part):
         [],
         description="Secrets or ConfigMaps whose keys are variables of Ray's pods, such as tokens of hubs and stores.",
     )
-    extra_env: list[Mapping] = Field([], description="Variables of Ray's pods.")
+    extra_env: list[Mapping] = Field(
+        [], description="Variables of Ray's pods; one that the chart sets too takes the place of the chart's."
+    )
     extra_volumes: list[Mapping] = Field([], description="Volumes of Ray's pods.")
     extra_volume_mounts: list[Mapping] = Field([], description="Mounts of Ray's containers.")
     extra_objects: list[Mapping | str] = Field([], description="Further objects, rendered as templates.")

@@ -211,6 +211,14 @@ def test_every_setting_reaches_ray_as_the_platform_reads_it():
     assert settings.s3_endpoint == "https://store.internal"
 
 
+def test_a_variable_of_the_sites_own_takes_the_place_of_the_charts():
+    heads = [pod for case in ("default", "extra") for pod in pods(objects(case)) if pod.owner.startswith("StatefulSet")]
+    assert [environment(head)["RAY_worker_niceness"] for head in heads] == ["0", "5"]
+    names = [each["name"] for each in heads[1].spec["containers"][0]["env"]]
+    assert len(set(names)) == len(names)
+    assert {"POD_IP", "HTTPS_PROXY", *environment(heads[0])} <= set(names)
+
+
 @pytest.mark.parametrize(
     ("case", "form", "level", "is_on"),
     [("default", "json", "info", False), ("extra", "text", "debug", True), ("kuberay", "json", "info", False)],

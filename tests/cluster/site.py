@@ -134,13 +134,13 @@ class Site:
         return self.apply(*({**kind, "metadata": {"name": name}, "spec": spec} for name, spec in specs.items()))
 
     @contextlib.contextmanager
-    def having(self, name: str, **spec: Any) -> Iterator[None]:
-        """Declare a Model until the block ends, however it does: no later test settles beside one that never starts."""
-        self.put(name, **spec)
+    def having(self, specs: dict[str, dict[str, Any]]) -> Iterator[None]:
+        """Declare Models until the block ends, however it does: no later test settles beside some that never start."""
+        self.put_all(specs)
         try:
             yield
         finally:
-            self.kubectl("delete", "models.roundhouse.dev", name, "--timeout=2m")
+            self.kubectl("delete", "models.roundhouse.dev", *specs, "--ignore-not-found", "--timeout=5m")
 
     def model(self, name: str) -> Any:
         return self.get("models.roundhouse.dev", name)

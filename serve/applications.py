@@ -47,7 +47,7 @@ ENVIRONMENT = {
     # Ray would give the workers a 28th of the weight of its own processes. Here they are HAProxy, the gateways and the
     # models: each burst of an agent or a raylet would hold requests up for seconds where cores are few.
     "RAY_worker_niceness": "0",
-    # What processes use, for Ray's dashboard: looking that up is the most of what an idle node does.
+    # What processes use, for Ray's dashboard and its own metrics: looking that up is most of what an idle node does.
     "REPORTER_UPDATE_INTERVAL_MS": "10000",
     # Many that start at once on few cores would be given up, and started again.
     "RAY_worker_register_timeout_seconds": "120",

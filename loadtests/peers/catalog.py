@@ -229,7 +229,12 @@ PEERS = (
         "rayserve-tuned",
         "Ray Serve, throughput + HAProxy",
         "rayserve",
-        _script("rayserve_server.py", RAY_SERVE_ENABLE_HA_PROXY="1", RAY_SERVE_THROUGHPUT_OPTIMIZED="1"),
+        _script(
+            "rayserve_server.py",
+            RAY_SERVE_ENABLE_HA_PROXY="1",
+            RAY_SERVE_THROUGHPUT_OPTIMIZED="1",
+            RAY_worker_niceness="0",
+        ),
         lambda model: _plain(model, f"/{model}"),
     ),
     Peer(

@@ -761,6 +761,9 @@ SMALL = {"name": "a", "task": "forecast", "source": "hf:m/x"}
         ({"commonLabels": {"roundhouse.dev/ray-node": "false"}}, "commonLabels has roundhouse.dev/ray-node"),
         ({"extraEnv": [{"name": "RAY_AUTH_MODE", "value": "disabled"}]}, "extraEnv has RAY_AUTH_MODE"),
         ({"extraEnv": [{"name": "RAY_AUTH_TOKEN", "value": "mine"}]}, "extraEnv has RAY_AUTH_TOKEN"),
+        ({"extraEnv": [{"name": "RAY_gcs_storage", "value": "memory"}]}, "extraEnv has RAY_gcs_storage, by which"),
+        ({"extraEnv": [{"value": "1"}]}, 'extraEnv has an entry without a name, {"value":"1"}'),
+        ({"extraEnv": [{"name": "A", "value": "1"}, {"name": "A", "value": "2"}]}, "extraEnv has A twice"),
         ({"extraEnv": [{"name": "RAY_AUTH_TOKEN_PATH", "value": "/a"}]}, "extraEnv has RAY_AUTH_TOKEN_PATH"),
         ({"podDisruptionBudget.maxUnavailable": "0%"}, "podDisruptionBudget.maxUnavailable is 0%: no node"),
         (

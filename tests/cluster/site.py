@@ -136,8 +136,8 @@ class Site:
     @contextlib.contextmanager
     def having(self, specs: dict[str, dict[str, Any]]) -> Iterator[None]:
         """Declare Models until the block ends, however it does: no later test settles beside some that never start."""
-        self.put_all(specs)
         try:
+            self.put_all(specs)
             yield
         finally:
             self.kubectl("delete", "models.roundhouse.dev", *specs, "--ignore-not-found", "--timeout=5m")
@@ -156,13 +156,19 @@ class Site:
         models = self.get("models.roundhouse.dev")["items"]
         return [model["metadata"]["name"] for model in models if not is_model_ready(model)]
 
-    def hops(self, request: str) -> dict[str, str]:
-        """Return what each worker remembers of a request by its name: how far it came, and where its time went."""
-        code = f"import urllib.request as web; print(web.urlopen('http://127.0.0.1:8000/v2/requests/{request}').read())"
+    def hops(self, requests: list[str]) -> dict[str, str]:
+        """Return what each of Ray's pods remembers of requests by name: how far each came, and where its time went."""
+        code = (
+            "import json, os, pathlib, sys; from serve.telemetry.recent import find; "
+            "folder = pathlib.Path(os.environ['ROUNDHOUSE_METRICS_DIR']); "
+            "print(json.dumps({name: find(folder, name) for name in sys.argv[1:]}))"
+        )
         found = {}
-        for worker in self.names_of("worker"):
-            with contextlib.suppress(Refused):
-                found[worker] = self.kubectl("exec", worker, "--", "python", "-c", code)
+        try:
+            for pod in (*self.names_of("worker"), *self.names_of("head")):
+                found[pod] = self.kubectl("exec", pod, "--", "python", "-c", code, *requests)[:4000]
+        except Refused as error:
+            found["refused"] = str(error)
         return found
 
     def settle(self) -> None:
@@ -263,6 +269,7 @@ class Load:
         self._over = threading.Event()
         self.answers: Counter[str] = Counter()
         self.failures: list[str] = []
+        self._failed: list[str] = []  # by name
 
     def _ask(self, route: str, ask: Callable[[httpx.Client], httpx.Response]) -> None:
         with httpx.Client(base_url=self._site.http.base_url, timeout=30) as client:
@@ -272,10 +279,11 @@ class Load:
                     answer = ask(client)
                     told = "" if answer.status_code == 200 else _told(answer)
                 except httpx.HTTPError as error:
-                    told = f"{error!r}, {self._site.hops(name)}"
+                    told = repr(error)
                 self.answers[route] += 1
                 if told:
                     self.failures.append(f"{route}: {told}")
+                    self._failed.append(name)
 
     @contextlib.contextmanager
     def running(self, *, endures: bool = False) -> Iterator[Load]:
@@ -293,12 +301,14 @@ class Load:
             yield self
             # A moment more: what an action left behind would show now.
             seen = self.answers.copy()
-            until("answers go on", lambda: all(self.answers[route] > seen[route] + 10 for route in asks))
+            go_on = lambda: all(self.answers[route] > seen[route] + 10 for route in asks)  # noqa: E731
+            until("answers go on", go_on, told=lambda: self.failures[:5])
         finally:
             self._over.set()
             for thread in threads:
                 thread.join()
-        assert endures or not self.failures, (self.failures[:5], len(self.failures), self.answers)
+        told = (self.failures[:5], len(self.failures), self.answers)
+        assert endures or not self.failures, (*told, self._site.hops(self._failed[:3]))
 
 
 def _told(answer: httpx.Response) -> str:

@@ -9,8 +9,19 @@
 {{- fail (printf "commonLabels has %s, by which the chart finds its own objects; leave it out" $label) }}
 {{- end }}
 {{- end }}
+{{- $seen := dict }}
 {{- range .Values.extraEnv }}
-{{- if regexMatch "^RAY_AUTH_(MODE|TOKEN.*)$" (default "" .name) }}
+{{- if not .name }}
+{{- fail (printf "extraEnv has an entry without a name, %s; give it one" (toJson .)) }}
+{{- end }}
+{{- if hasKey $seen .name }}
+{{- fail (printf "extraEnv has %s twice; leave one out" .name) }}
+{{- end }}
+{{- $_ := set $seen .name true }}
+{{- if hasPrefix "RAY_gcs_storage" .name }}
+{{- fail (printf "extraEnv has %s, by which the chart has the head keep its state on its volume; leave it out" .name) }}
+{{- end }}
+{{- if regexMatch "^RAY_AUTH_(MODE|TOKEN.*)$" .name }}
 {{- fail (printf "extraEnv has %s, which the chart sets: without the token anybody in the cluster could run code; give the token by ray.token.existingSecret" .name) }}
 {{- end }}
 {{- end }}

@@ -115,7 +115,7 @@ securityContext:
 {{- define "roundhouse.rayEnv" -}}
 {{- $given := dict }}
 {{- range .Values.extraEnv }}
-{{- $_ := set $given .name true }}
+{{- $_ := set $given (default "" .name) true }}
 {{- end }}
 {{- $variables := list }}
 {{- range include "roundhouse.ownRayEnv" . | fromYamlArray }}
@@ -123,7 +123,7 @@ securityContext:
 {{- $variables = append $variables . }}
 {{- end }}
 {{- end }}
-{{- toYaml (concat $variables .Values.extraEnv) }}
+{{- toYaml (concat $variables (default list .Values.extraEnv)) }}
 {{- end }}
 
 {{- define "roundhouse.ownRayEnv" -}}

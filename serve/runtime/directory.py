@@ -119,7 +119,7 @@ def _applications() -> Mapping[str, Mapping[str, Any]]:
     models would do, and the requests beside it would wait for the interpreter.
     """
     client = context._get_global_client(raise_if_no_controller_running=False)
-    return client.get_serve_details().get("applications", {}) if client is not None else {}
+    return client.get_serve_details()["applications"] if client is not None else {}
 
 
 def _is_fixed(entry: Mapping[str, Any]) -> bool:

@@ -336,7 +336,7 @@ class Platform:
                 if self._is_lost:
                     # Ray would wait for what has ended.
                     _end(family)
-                    _within(_LAST_WORDS_S, ray.shutdown)
+                    wait([begun(ray.shutdown)], timeout=_LAST_WORDS_S)
                 else:
                     ray.shutdown()
         _end(family | _descendants())
@@ -450,13 +450,6 @@ def begun(work: Callable[[], Result]) -> Future[Result]:
 
     threading.Thread(target=run, name="ray", daemon=True).start()
     return done
-
-
-def _within(timeout_s: float, work: Callable[[], object]) -> None:
-    """Do something that may never return; it is left alone after a while."""
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(timeout_s)
 
 
 @contextlib.contextmanager

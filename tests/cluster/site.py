@@ -269,7 +269,6 @@ class Load:
         self._over = threading.Event()
         self.answers: Counter[str] = Counter()
         self.failures: list[str] = []
-        self._failed: list[str] = []  # by name
 
     def _ask(self, route: str, ask: Callable[[httpx.Client], httpx.Response]) -> None:
         with httpx.Client(base_url=self._site.http.base_url, timeout=30) as client:
@@ -282,8 +281,7 @@ class Load:
                     told = repr(error)
                 self.answers[route] += 1
                 if told:
-                    self.failures.append(f"{route}: {told}")
-                    self._failed.append(name)
+                    self.failures.append(f"{name}: {told}")
 
     @contextlib.contextmanager
     def running(self, *, endures: bool = False) -> Iterator[Load]:
@@ -301,14 +299,21 @@ class Load:
             yield self
             # A moment more: what an action left behind would show now.
             seen = self.answers.copy()
-            go_on = lambda: all(self.answers[route] > seen[route] + 10 for route in asks)  # noqa: E731
-            until("answers go on", go_on, told=lambda: self.failures[:5])
+            until(
+                "answers go on",
+                lambda: all(self.answers[route] > seen[route] + 10 for route in asks),
+                told=lambda: self.failures[:5],
+            )
         finally:
             self._over.set()
             for thread in threads:
                 thread.join()
-        told = (self.failures[:5], len(self.failures), self.answers)
-        assert endures or not self.failures, (*told, self._site.hops(self._failed[:3]))
+        assert endures or not self.failures, (
+            self.failures[:5],
+            len(self.failures),
+            self.answers,
+            self._site.hops([failure.partition(": ")[0] for failure in self.failures[:3]]),
+        )
 
 
 def _told(answer: httpx.Response) -> str:

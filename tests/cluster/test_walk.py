@@ -63,7 +63,7 @@ def test_the_charts_own_test_passes(site: Site) -> None:
     assert "Succeeded" in site.helm("test", RELEASE)
 
 
-_PARENTS = """
+_REPLICAS = """
 import psutil
 processes = list(psutil.process_iter(["name", "cmdline"]))
 [raylet] = [process for process in processes if process.info["name"] == "raylet"]
@@ -75,10 +75,10 @@ for process in processes:
 
 def test_replicas_are_forked_and_yield_to_nothing(site: Site) -> None:
     for worker in site.names_of("worker"):
-        parents = site.kubectl("exec", worker, "--", "python", "-c", _PARENTS).splitlines()
-        assert parents
-        assert all("serve.runtime.fork_server" in parent for parent in parents)
-        assert {parent.split()[0] for parent in parents} == {"0"}
+        replicas = site.kubectl("exec", worker, "--", "python", "-c", _REPLICAS).splitlines()
+        assert replicas
+        assert all("serve.runtime.fork_server" in replica for replica in replicas)
+        assert {replica.split()[0] for replica in replicas} == {"0"}
 
 
 # What the API server takes

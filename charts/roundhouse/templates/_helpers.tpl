@@ -113,13 +113,13 @@ securityContext:
 
 {{/* Variables of every pod of the Ray cluster: the chart's, but for those that extraEnv has another value for. */}}
 {{- define "roundhouse.rayEnv" -}}
-{{- $given := dict }}
+{{- $given := list }}
 {{- range .Values.extraEnv }}
-{{- $_ := set $given (default "" .name) true }}
+{{- $given = append $given .name }}
 {{- end }}
 {{- $variables := list }}
 {{- range include "roundhouse.ownRayEnv" . | fromYamlArray }}
-{{- if not (hasKey $given .name) }}
+{{- if not (has .name $given) }}
 {{- $variables = append $variables . }}
 {{- end }}
 {{- end }}
